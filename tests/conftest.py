@@ -1,0 +1,26 @@
+"""Test environment: CPU, eight simulated devices, a compilation cache shared by all runs."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
+_CACHE = pathlib.Path(
+    os.environ.get("VLM_JAX_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / "vlm_jax_test_cache")
+)
+# In the environment, so that the command lines that the tests start share the cache.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "jit"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def golden_lvm():
+    """Folder with the tiny reference checkpoints, inputs and outputs of the LVM code."""
+    return pathlib.Path(__file__).parent / "golden" / "lvm"
