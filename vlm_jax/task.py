@@ -1,0 +1,89 @@
+"""The contract between the program and a paper.
+
+The program (`main`, `train`, `evaluate`) hears of a paper only through the Task it is handed.
+A system is a module with
+
+    make_task(model, **fields) -> Task             the accelerator's side
+    make_formatter(**fields) -> Formatter          the host's side; picklable
+    load_upstream(path, task) -> Params            released weights as (part of) our parameters
+    prepare(config, workdir) -> None               optional: write input that a recipe makes itself
+    load_model(checkpoint, **fields)               optional: what `vlm_jax.load` returns
+    add_arguments(parser) / predict(model, args)   optional: `python -m vlm_jax.predict NAME`
+
+`resolve("lvm", "systems")` is `vlm_jax.systems.lvm`; a dotted name is imported as it stands, so
+a paper may live outside this repository. Datasets and evaluators resolve by the same rule.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, Protocol
+
+Params = Mapping[str, Any]
+Batch = Mapping[str, Any]
+Key = Any
+Array = Any
+
+
+class Task(Protocol):
+    """What one paper learns and predicts. Frozen; holds no arrays, does no I/O."""
+
+    # Ordered (regex on the parameter's path, PartitionSpec); every parameter must match one.
+    sharding_rules: Sequence[tuple[str, Any]]
+
+    # Named jittable predictors. Evaluators ask for one by name; all arrays have a batch axis.
+    predict: Mapping[str, Callable[[Params, Batch, Key], Mapping[str, Array]]]
+
+    def init(self, rng: Key) -> Params:
+        """Random parameters. Traced by `eval_shape`; must not touch the disk."""
+
+    def loss(self, params: Params, batch: Batch, rng: Key) -> tuple[Array, dict[str, Array]]:
+        """Mean loss over the *global* batch, and the scalars worth plotting."""
+
+
+class OptionalTask(Protocol):
+    """Members that a task may have besides; the program looks for them with `getattr`."""
+
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Raises ValueError when a host batch does not fit the model; called on the first one."""
+
+    def flops_per_step(self, batch: Mapping[str, Any]) -> float:
+        """Model FLOPs of one update on this global batch of shapes (causal half counted)."""
+
+    def units_per_step(self, batch: Mapping[str, Any]) -> tuple[str, float]:
+        """What the progress bar counts, for example ("tokens", 4096.0)."""
+
+    def pictures(self, outputs: Mapping[str, Any]) -> list[Any]:
+        """Rows of labelled images for a predictor's outputs (host side)."""
+
+
+class Formatter(Protocol):
+    """Record -> example of fixed shapes -> batch; see the table on top of `format.py`."""
+
+    def __call__(self, record: Mapping[str, Any], rng: Any) -> dict[str, Any]:
+        """One record as numpy arrays whose shapes never depend on the record."""
+
+
+def resolve(name: str, kind: str) -> ModuleType:
+    """The module called `name`: `vlm_jax.<kind>.<name>`, or a dotted name as it stands.
+
+    Raises:
+      ValueError: there is no such module; the message names the nearest one.
+    """
+    full = name if "." in name else f"vlm_jax.{kind}.{name}"
+    try:
+        return importlib.import_module(full)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (full == error.name or full.startswith(error.name + ".")):
+            raise  # the module exists; something that it needs does not
+        package = importlib.import_module(f"vlm_jax.{kind}")
+        known = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"there is no {kind[:-1]} called {name!r}; {hint}known: {', '.join(known)}"
+        ) from None
