@@ -1,0 +1,48 @@
+"""What a data set yields, and the errors of the data floor.
+
+A record is a plain dict of JSON-like values, bytes and numpy arrays. The keys have one meaning
+everywhere, units in the names:
+
+    key       type                 meaning
+    image_u8  uint8[H, W, 3]       RGB, any size
+    frames_u8 uint8[N, H, W, 3]    frames of one shot, in time order
+    id        str                  names the record in messages; unique in its data set
+    label     int                  class index, -1 when there is none
+    name      str                  class or photo name for people
+    split     str                  "train" or "heldout"
+"""
+
+from __future__ import annotations
+
+import importlib
+import types
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class DataError(ValueError):
+    """Input that cannot be used; the message names the file or record, the cause, the remedy."""
+
+
+class BadRecordError(DataError):
+    """One record cannot be read or formatted; the pipeline counts it and goes on.
+
+    Any other `DataError` stops the run: it means that the data do not fit the configuration.
+    """
+
+
+class MissingExtraError(ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+def require(module: str, extra: str = "data") -> types.ModuleType:
+    """Imports an optional module, or says which extra installs it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise MissingExtraError(
+            f'{module!r} is not installed; it comes with: pip install "vlm_jax[{extra}]"'
+        ) from error
