@@ -1,0 +1,97 @@
+"""From an ml_collections config to typed sections, each read by exactly one dataclass.
+
+An unknown key, a wrong type or an impossible value is a ConfigError that names the key, the
+values and the nearest valid key, before anything expensive starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A recipe or an override that cannot work; the message says what to change."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' or '; known: ...'."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, 1, 0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known keys: {', '.join(known)}" if known else ""
+
+
+def section(cls: type, values: Mapping[str, Any] | None, name: str) -> Any:
+    """The dataclass `cls` from one section's keys, types checked.
+
+    Raises:
+      ConfigError: unknown or missing keys, wrong types; all of them in one message.
+    """
+    values = plain(values or {})
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(cls)
+    problems = []
+    for key, value in values.items():
+        if key not in fields:
+            problems.append(f"unknown key {name}.{key}{nearest(key, fields)}")
+        elif not _fits(value, hints[key]):
+            problems.append(
+                f"{name}.{key}={value!r} is {type(value).__name__}, "
+                f"needs {getattr(hints[key], '__name__', hints[key])}"
+            )
+        elif hints[key] is float:
+            values[key] = float(value)
+    for key, field in fields.items():
+        required = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
+        if required and key not in values:
+            problems.append(f"missing key {name}.{key}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    try:
+        return cls(**values)
+    except ValueError as error:  # a dataclass's own __post_init__ checks
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def plain(values: Any) -> Any:
+    """ConfigDicts as dicts, all the way down."""
+    if hasattr(values, "to_dict"):
+        values = values.to_dict()
+    if isinstance(values, Mapping):
+        return {key: plain(value) for key, value in values.items()}
+    return values
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint is Any or isinstance(hint, str):
+        return True
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    expected = origin or hint
+    if expected in (tuple, list):
+        return isinstance(value, (tuple, list))
+    return not isinstance(expected, type) or isinstance(value, expected)
+
+
+def check_divides(whole_name: str, whole: int, part_name: str, part: int, remedy: str = "") -> None:
+    """Raises ConfigError unless `part` divides `whole`."""
+    if part <= 0 or whole % part:
+        raise ConfigError(
+            f"{whole_name}={whole} is not divisible by {part_name}={part}"
+            f"{'; ' + remedy if remedy else ''}"
+        )

@@ -1,0 +1,148 @@
+"""Runs the configured evaluators on parameters, inside training and alone.
+
+An evaluator is `vlm_jax/evaluators/<type>.py` with a dataclass `Evaluator`: its fields are the
+leftover keys of `config.evals.<name>`, among them `predict`, the name of the task's predictor, and
+`needs`, the prediction keys that it reads. They are compared before the first step.
+
+    class Evaluator:
+        predict: str = "score"
+        needs = ("logp",)
+
+        def run(self, *, task, predict, batches, out_dir) -> dict[str, float]:
+            # predict(batch) -> numpy arrays of the global batch; batches: one pass, each a dict of
+            # numpy arrays with `valid` bool[B], False on the rows that fill up the last batch;
+            # pictures go to out_dir (None on all processes but the first).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlm_jax import config as config_lib
+from vlm_jax import sharding
+from vlm_jax import task as task_lib
+from vlm_jax.data import pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """One entry of `config.evals`.
+
+    Attributes:
+      type: module in `vlm_jax/evaluators`, or a dotted name.
+      data: a `DataConfig`'s fields; read in order, once.
+      every: steps between evaluations; 0 only at the end.
+      batch_size: rows of a global batch.
+      max_batches: stop after this many batches; 0 reads everything.
+      fields: what goes to the Evaluator.
+    """
+
+    type: str
+    data: Mapping[str, Any]
+    every: int = 0
+    batch_size: int = 8
+    max_batches: int = 0
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """An evaluator with its data, ready to run at any step."""
+
+    name: str
+    config: EvalConfig
+    evaluator: Any
+    data: pipeline.DataConfig
+
+
+def make(evals: Mapping[str, Mapping[str, Any]]) -> list[Evaluation]:
+    """Evaluators from `config.evals`.
+
+    Raises:
+      ConfigError: unknown type or keys.
+    """
+    own = {field.name for field in dataclasses.fields(EvalConfig)} - {"fields"}
+    result = []
+    for name, values in (evals or {}).items():
+        mine = {key: value for key, value in values.items() if key in own}
+        rest = {key: value for key, value in values.items() if key not in own}
+        config = config_lib.section(EvalConfig, {**mine, "fields": rest}, f"evals.{name}")
+        module = task_lib.resolve(config.type, "evaluators")
+        evaluator = config_lib.section(module.Evaluator, rest, f"evals.{name}")
+        data = config_lib.section(pipeline.DataConfig, config.data, f"evals.{name}.data")
+        result.append(Evaluation(name, config, evaluator, data))
+    return result
+
+
+def check(evaluation: Evaluation, task: Any, params: Any, batch: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless the task predicts what the evaluator reads. Allocates nothing."""
+    name, needs = evaluation.evaluator.predict, getattr(evaluation.evaluator, "needs", ())
+    if name not in task.predict:
+        raise config_lib.ConfigError(
+            f"evals.{evaluation.name}.predict={name!r}{config_lib.nearest(name, task.predict)}"
+        )
+    outputs = jax.eval_shape(task.predict[name], params, batch, jax.random.key(0))
+    missing = [key for key in needs if key not in outputs]
+    if missing:
+        raise config_lib.ConfigError(
+            f"evals.{evaluation.name}: predict[{name!r}] gives {', '.join(sorted(outputs))}, "
+            f"and the evaluator {evaluation.config.type!r} also needs {', '.join(missing)}"
+        )
+
+
+class Runner:
+    """Compiles each predictor once and runs evaluators on any parameters of that shape."""
+
+    def __init__(self, task: Any, formatter: Any, mesh: Any, param_shardings: Any, seed: int):
+        self._task, self._formatter, self._mesh = task, formatter, mesh
+        self._param_shardings, self._seed = param_shardings, seed
+        self._compiled: dict[str, Callable[..., Any]] = {}
+
+    def __call__(
+        self, evaluation: Evaluation, params: Any, out_dir: pathlib.Path
+    ) -> dict[str, float]:
+        """One evaluator's scalars; its pictures are written to `out_dir/<name>`."""
+        rng = jax.random.fold_in(jax.random.key(self._seed), 2)
+        batch_size = evaluation.config.batch_size
+        rows = sharding.rows_of_process(self._mesh, batch_size)
+        predictor = self._predictor(evaluation.evaluator.predict)
+
+        def predict(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            mine = {key: x[rows] for key, x in batch.items() if x.dtype.kind in "biuf"}
+            placed = sharding.place_batch(self._mesh, mine, rows, batch_size)
+            return jax.tree.map(np.asarray, predictor(params, placed, rng))
+
+        folder = None
+        if jax.process_index() == 0:
+            folder = out_dir / evaluation.name
+            folder.mkdir(parents=True, exist_ok=True)
+        results = evaluation.evaluator.run(
+            task=self._task, predict=predict, batches=self._batches(evaluation), out_dir=folder
+        )
+        return {f"eval/{evaluation.name}/{key}": float(x) for key, x in results.items()}
+
+    def _predictor(self, name: str) -> Callable[..., Any]:
+        if name not in self._compiled:
+            everywhere = sharding.replicated(self._mesh)
+            self._compiled[name] = jax.jit(
+                self._task.predict[name],
+                in_shardings=(self._param_shardings, sharding.of_batch(self._mesh), everywhere),
+                out_shardings=everywhere,
+            )
+        return self._compiled[name]
+
+    def _batches(self, evaluation: Evaluation) -> Iterator[dict[str, np.ndarray]]:
+        """One pass in order. Every process reads all rows: evaluators see whole batches."""
+        return pipeline.one_pass(
+            evaluation.data,
+            self._formatter,
+            batch_size=evaluation.config.batch_size,
+            max_batches=evaluation.config.max_batches,
+            seed=self._seed,
+        )
