@@ -96,6 +96,15 @@ def check(evaluation: Evaluation, task: Any, params: Any, batch: Mapping[str, An
         )
 
 
+def first_batch(evaluation: Evaluation, formatter: Any, seed: int) -> dict[str, np.ndarray]:
+    """The first batch of an evaluation; fails early when its data are not there."""
+    batches = _batches(evaluation, formatter, seed)
+    try:
+        return next(batches)
+    finally:
+        batches.close()
+
+
 class Runner:
     """Compiles each predictor once and runs evaluators on any parameters of that shape."""
 
@@ -118,12 +127,13 @@ class Runner:
             placed = sharding.place_batch(self._mesh, mine, rows, batch_size)
             return jax.tree.map(np.asarray, predictor(params, placed, rng))
 
+        batches = _batches(evaluation, self._formatter, self._seed)
         folder = None
         if jax.process_index() == 0:
             folder = out_dir / evaluation.name
             folder.mkdir(parents=True, exist_ok=True)
         results = evaluation.evaluator.run(
-            task=self._task, predict=predict, batches=self._batches(evaluation), out_dir=folder
+            task=self._task, predict=predict, batches=batches, out_dir=folder
         )
         return {f"eval/{evaluation.name}/{key}": float(x) for key, x in results.items()}
 
@@ -137,12 +147,13 @@ class Runner:
             )
         return self._compiled[name]
 
-    def _batches(self, evaluation: Evaluation) -> Iterator[dict[str, np.ndarray]]:
-        """One pass in order. Every process reads all rows: evaluators see whole batches."""
-        return pipeline.one_pass(
-            evaluation.data,
-            self._formatter,
-            batch_size=evaluation.config.batch_size,
-            max_batches=evaluation.config.max_batches,
-            seed=self._seed,
-        )
+
+def _batches(evaluation: Evaluation, formatter: Any, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    """One pass in order. Every process reads all rows: evaluators see whole batches."""
+    return pipeline.one_pass(
+        evaluation.data,
+        formatter,
+        batch_size=evaluation.config.batch_size,
+        max_batches=evaluation.config.max_batches,
+        seed=seed,
+    )

@@ -113,9 +113,7 @@ def _scale_by_path(scales: Mapping[str, float]) -> optax.GradientTransformation:
     )
 
 
-def split(
-    params: functional.Params, trainable: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(params: functional.Params, trainable: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(learned, frozen) as flat dicts; dictionary work, free inside jit.
 
     Raises:

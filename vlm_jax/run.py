@@ -1,0 +1,182 @@
+"""One run of the program: recipe -> task, formatter, mesh -> train or evaluate.
+
+Split from `main` so that flags are answered before jax is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from vlm_jax import (
+    checkpoints,
+    distributed,
+    evaluate,
+    optim,
+    provenance,
+    sharding,
+    train,
+)
+from vlm_jax import config as config_lib
+from vlm_jax import task as task_lib
+from vlm_jax.data import pipeline, records
+from vlm_jax.weights import convert
+
+# Errors that are the user's to mend: the program prints their message without a trace.
+USER_ERRORS = (
+    config_lib.ConfigError,
+    FileNotFoundError,
+    checkpoints.CheckpointError,
+    convert.ConversionError,
+    records.DataError,
+    records.MissingExtraError,
+    train.TrainingStopped,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The typed sections of a config.
+
+    Attributes:
+      system: module in `vlm_jax/systems`, or a dotted name.
+      model, task, formatter: what goes to the system's `make_task` and `make_formatter`.
+      data, optim, mesh, init, train: see the dataclass of each.
+      evals: see `evaluate.EvalConfig`.
+      prepare: what goes to the system's `prepare(workdir, **prepare)`; empty is off.
+    """
+
+    system: str
+    model: Mapping[str, Any]
+    train: train.TrainConfig
+    data: pipeline.DataConfig
+    task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    formatter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    optim: optim.OptimConfig = optim.OptimConfig()
+    mesh: sharding.MeshConfig = sharding.MeshConfig()
+    init: checkpoints.InitConfig = checkpoints.InitConfig()
+    evals: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prepare: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def read_recipe(config: Any, workdir: pathlib.Path) -> Recipe:
+    """Typed sections of a ConfigDict; '{workdir}' in strings becomes the work directory.
+
+    Raises:
+      ConfigError: every unknown key, wrong type and missing key, by name.
+    """
+    values = _substitute(config_lib.plain(config), str(workdir))
+    sections = {
+        "train": train.TrainConfig,
+        "data": pipeline.DataConfig,
+        "optim": optim.OptimConfig,
+        "mesh": sharding.MeshConfig,
+        "init": checkpoints.InitConfig,
+    }
+    problems = []
+    for name, cls in sections.items():
+        try:
+            values[name] = config_lib.section(cls, values.get(name), name)
+        except config_lib.ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise config_lib.ConfigError("\n".join(problems))
+    return config_lib.section(Recipe, values, "config")
+
+
+def run(
+    config: Any,
+    workdir: pathlib.Path,
+    *,
+    mode: str = "train",
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> dict[str, float]:
+    """Does what `python -m vlm_jax.main` says; returns the last metrics."""
+    workdir = workdir.expanduser().absolute()
+    recipe = read_recipe(config, workdir)
+    system = task_lib.resolve(recipe.system, "systems")
+    try:
+        task = system.make_task(dict(recipe.model), **recipe.task)
+        formatter = system.make_formatter(**recipe.formatter)
+        distributed.initialize(coordinator, num_processes, process_id)
+        mesh = sharding.make_mesh(recipe.mesh)
+        evaluate.make(recipe.evals)
+    except (ValueError, TypeError) as error:  # TypeError: an unknown keyword of make_task
+        raise config_lib.ConfigError(str(error)) from error
+    _check_batches(recipe, mesh)
+
+    first = jax.process_index() == 0
+    meta = {"config": config_lib.plain(config), **provenance.collect()}
+    if first:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(json.dumps(meta, indent=1, default=str))
+        if recipe.prepare:
+            system.prepare(workdir, **recipe.prepare)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("prepared")
+
+    if mode == "train":
+        return train.fit(
+            recipe,
+            task,
+            formatter,
+            workdir,
+            mesh=mesh,
+            load_upstream=getattr(system, "load_upstream", None),
+            meta=meta,
+            step_fn=getattr(system, "make_train_step", train.make_train_step),
+        )
+    return _evaluate(recipe, task, formatter, system, workdir, mesh)
+
+
+def _evaluate(recipe, task, formatter, system, workdir, mesh) -> dict[str, float]:
+    """Scores the newest good checkpoint of the work directory, or what `init` names."""
+    params, step = train.restore_params(
+        recipe, task, workdir, mesh, getattr(system, "load_upstream", None)
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    runner = evaluate.Runner(task, formatter, mesh, shardings, recipe.train.seed)
+    results: dict[str, float] = {}
+    for evaluation in evaluate.make(recipe.evals):
+        results |= runner(evaluation, params, workdir / "eval" / f"{step:08d}")
+    if jax.process_index() == 0:
+        with open(workdir / "evaluation.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **results}) + "\n")
+        for key, value in results.items():
+            print(f"{key} = {value:.6g}", file=sys.stdout)
+    return results
+
+
+def _check_batches(recipe: Recipe, mesh: Any) -> None:
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    config_lib.check_divides(
+        "train.batch_size",
+        recipe.train.batch_size,
+        "mesh.data*mesh.fsdp*train.accumulate",
+        shares * recipe.train.accumulate,
+        "every device takes the same number of rows of every part",
+    )
+    for name, values in recipe.evals.items():
+        config_lib.check_divides(
+            f"evals.{name}.batch_size", values.get("batch_size", 8), "mesh.data*mesh.fsdp", shares
+        )
+
+
+def _substitute(values: Any, workdir: str) -> Any:
+    if isinstance(values, str):
+        return values.replace("{workdir}", workdir)
+    if isinstance(values, Mapping):
+        return {key: _substitute(value, workdir) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return type(values)(_substitute(value, workdir) for value in values)
+    return values
