@@ -7,6 +7,7 @@ with a file becomes an `ImageError` that names it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import pathlib
@@ -63,7 +64,7 @@ def decode(
 
 def _decode(content: bytes, name: str, max_pixels: int) -> np.ndarray:
     with _as_image_error(name):
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = Image.open(io.BytesIO(content), formats=_formats())
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(
@@ -72,6 +73,12 @@ def _decode(content: bytes, name: str, max_pixels: int) -> np.ndarray:
     with _as_image_error(name):
         image.load()
         return np.array(_rgb(ImageOps.exif_transpose(image)))
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
