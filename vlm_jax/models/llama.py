@@ -1,0 +1,503 @@
+"""LLaMA: a pre-norm decoder with rotary positions, grouped-query attention and a gated MLP.
+
+Touvron et al., arXiv 2302.13971. The network of LVM (arXiv 2312.00785, sec. 3.2) and, with tied
+embeddings and fewer key heads, of SmolLM2.
+
+    tokens ─ embed ─┬─ norm ─ attention ─(+)─┬─ norm ─ MLP ─(+)─ x depth ─ norm ─ head ─ logits
+                    └─────────────────────┘  └──────────────┘
+
+Two layouts of the same parameters, one code path for the mathematics:
+
+    training   layers stacked on axis 0 and scanned: short compile, remat per layer.
+               layers/attn/q/kernel [L, d, n, h] ... layers/mlp/gate/kernel [L, d, f]
+    decoding   layers unrolled; q, k, v in one kernel, gate and up in one, stored (out, in) so that
+               a matrix-vector product streams rows. `decode_form` converts.
+               layers/0/attn/qkv/kernel [(n+2k)h, d] ... layers/0/mlp/gate_up/kernel [2f, d]
+
+Rotary layout: half-split (ops/rope.py). Norms, softmax, angles and logits are float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from vlm_jax.nn import functional, norms
+from vlm_jax.ops import attention, partition, rope
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and execution choices.
+
+    Attributes:
+      num_kv_heads: 0 is num_heads.
+      head_width: 0 is width // num_heads.
+      max_tokens: context the network is trained for; not a limit of the code.
+      dtype: compute. param_dtype: storage.
+      remat: what the backward pass recomputes: 'none', 'full' (everything but the layer inputs),
+        'dots' (everything but the results of matrix products).
+      fused: decode layout, see the module docstring.
+    """
+
+    vocab_size: int
+    width: int
+    depth: int
+    mlp_width: int
+    num_heads: int
+    num_kv_heads: int = 0
+    head_width: int = 0
+    rope_theta: float = 1e4
+    rms_eps: float = 1e-6
+    max_tokens: int = 4096
+    tie_embeddings: bool = False
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "none"
+    scan_layers: bool = True
+    fused: bool = False
+
+    def __post_init__(self):
+        if not self.head_width and self.width % self.num_heads:
+            raise ValueError(
+                f"width {self.width} is not a multiple of num_heads {self.num_heads}; "
+                "change one of them or set head_width"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"head width {self.head_size} must be even for rotary positions")
+        if self.remat not in _REMAT:
+            raise ValueError(f"remat {self.remat!r} is none of {sorted(_REMAT)}")
+        if self.fused and self.scan_layers:
+            raise ValueError("fused=True needs scan_layers=False; use decode_form")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key heads, the default resolved."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        """Head width, the default resolved."""
+        return self.head_width or self.width // self.num_heads
+
+
+_REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def _lvm(width, mlp_width, depth, num_heads):
+    # 8,192 visual ids and 100 special ones.
+    return LlamaConfig(8292, width, depth, mlp_width, num_heads)
+
+
+PRESETS = {  # upstream: EasyLM/models/llama/llama_model.py, vqlm_*
+    "lvm_debug": _lvm(128, 256, 2, 4),
+    "lvm_100m": _lvm(640, 1664, 22, 10),
+    "lvm_300m": _lvm(1024, 2688, 22, 8),
+    "lvm_600m": _lvm(1536, 4096, 22, 16),
+    "lvm_1b": _lvm(2048, 5504, 22, 16),
+    "lvm_3b": _lvm(3200, 8640, 26, 32),
+    "lvm_7b": _lvm(4096, 11008, 32, 32),
+    "lvm_13b": _lvm(5120, 13824, 40, 40),
+    "lvm_20b": _lvm(6144, 16128, 46, 48),
+    "lvm_30b": _lvm(6656, 17920, 60, 52),
+    "smollm2_135m": LlamaConfig(  # upstream: HuggingFaceTB/SmolLM2-135M, config.json
+        49152,
+        576,
+        30,
+        1536,
+        9,
+        num_kv_heads=3,
+        rope_theta=1e5,
+        rms_eps=1e-5,
+        max_tokens=8192,
+        tie_embeddings=True,
+    ),
+}
+
+# Training layout. The embedding table is split over vocabulary alone: splitting its width too
+# makes the partitioner gather the whole table around the token lookup.
+SHARDING_RULES = (
+    (r"^embed/table$", P("tensor", None)),
+    (r"^layers/attn/[qkv]/kernel$", P(None, "fsdp", "tensor", None)),
+    (r"^layers/attn/o/kernel$", P(None, "tensor", None, "fsdp")),
+    (r"^layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"^layers/mlp/down/kernel$", P(None, "tensor", "fsdp")),
+    (r"^layers/(attn|mlp)_norm/scale$", P()),
+    (r"^final_norm/scale$", P()),
+    (r"^lm_head/kernel$", P("fsdp", "tensor")),
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens seen so far; a pytree, passed in and returned.
+
+    Attributes:
+      layers: {"k", "v"}: [L, B, K, S, H] for scanned layers, else one such dict per layer with
+        [B, K, S, H]. Heads before slots: one query then reads contiguous memory.
+      valid_bs: bool, slots that hold a real token.
+      index: int32, the next free slot, the same for all rows (shorter prompts are left-padded).
+    """
+
+    layers: dict
+    valid_bs: jax.Array
+    index: jax.Array
+
+    def rows(self, index_r: jax.Array) -> Cache:
+        """The cache of these rows: repeats a prompt for several samples, reorders beams."""
+        axis = 1 if "k" in self.layers else 0
+        take = lambda x: jnp.take(x, index_r, axis=axis)  # noqa: E731
+        return Cache(jax.tree.map(take, self.layers), self.valid_bs[index_r], self.index)
+
+
+def make_cache(cfg: LlamaConfig, batch: int, length: int, dtype=None) -> Cache:
+    """An empty cache for `length` tokens; dtype None is the compute dtype."""
+    shape = (batch, cfg.kv_heads, length, cfg.head_size)
+    empty = lambda *stack: {  # noqa: E731
+        name: jnp.zeros((*stack, *shape), dtype or cfg.dtype) for name in ("k", "v")
+    }
+    layers = empty(cfg.depth) if cfg.scan_layers else {str(i): empty() for i in range(cfg.depth)}
+    return Cache(layers, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """logits float32[B, T, V]; hidden [B, T, D] after the final norm; cache or None."""
+
+    logits: jax.Array
+    hidden: jax.Array
+    cache: Cache | None = None
+
+
+class Llama(nnx.Module):
+    """The network. Arguments named alike mean the same in every method.
+
+    Arguments of the methods:
+      tokens_bt: int32.
+      positions_bt: int32; None counts the valid tokens of each row from 0, cached ones included.
+      segments_bt: int32 document numbers, 0 is padding; tokens see only their own document. Not
+        together with a cache.
+      valid_bt: bool, False for padding, which nobody reads; None is all valid.
+      cache: from `make_cache`, with room for T more tokens.
+      fresh: the cache is empty (static). Attention then reads the new tokens only, without a mask
+        over slots, and may use a fast kernel.
+    """
+
+    def __init__(self, cfg: LlamaConfig, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.embed = Embed(cfg, rngs)
+        if cfg.scan_layers:
+            self.layers = Block(cfg, rngs, stack=(cfg.depth,))
+        else:
+            self.layers = nnx.List([Block(cfg, rngs) for _ in range(cfg.depth)])
+        self.final_norm = norms.RMSNorm(cfg.width, cfg.rms_eps, cfg.param_dtype)
+        if not cfg.tie_embeddings:
+            sizes = (cfg.vocab_size, cfg.width) if cfg.fused else (cfg.width, cfg.vocab_size)
+            self.lm_head = Kernel(cfg, rngs, sizes)
+
+    def __call__(self, tokens_bt, **kwargs) -> Output:
+        """Logits of every position; `kwargs` as in `transform`."""
+        hidden_btd, cache = self.transform(self.embed(tokens_bt), **kwargs)
+        return Output(self.logits(hidden_btd), hidden_btd, cache)
+
+    def step(self, tokens_bt, cache, *, valid_bt=None, fresh=False):
+        """One call of a decoding loop: (float32 logits_bv after the last token, cache)."""
+        hidden_btd, cache = self.transform(
+            self.embed(tokens_bt), valid_bt=valid_bt, cache=cache, fresh=fresh
+        )
+        return self.logits(hidden_btd[:, -1:])[:, 0], cache
+
+    def transform(
+        self,
+        x_btd,
+        *,
+        positions_bt=None,
+        segments_bt=None,
+        valid_bt=None,
+        cache: Cache | None = None,
+        fresh: bool = False,
+    ):
+        """Vectors in the space of the embedding -> (hidden_btd after the final norm, cache)."""
+        b, t, _ = x_btd.shape
+        where, index, seen_b = dict(causal=True), 0, 0
+        if segments_bt is not None:
+            if cache is not None:
+                raise ValueError("segments_bt and cache cannot be combined")
+            where.update(q_segments_bt=segments_bt, kv_segments_bs=segments_bt)
+        if cache is not None:
+            if t > cache.valid_bs.shape[1]:
+                raise ValueError(f"{t} tokens for a cache of {cache.valid_bs.shape[1]} slots")
+            index = 0 if fresh else cache.index
+            seen_b = 0 if fresh else cache.valid_bs.sum(axis=1, dtype=jnp.int32)[:, None]
+            new_bt = jnp.ones((b, t), bool) if valid_bt is None else valid_bt
+            valid_bs = jax.lax.dynamic_update_slice(cache.valid_bs, new_bt, (0, index))
+            if not fresh:
+                where.update(q_offset=index, kv_valid_bs=valid_bs)
+        if valid_bt is not None and (cache is None or fresh):
+            where.update(kv_valid_bs=valid_bt)
+        if positions_bt is None:
+            count_bt = jnp.arange(1, t + 1)[None] if valid_bt is None else _count(valid_bt)
+            positions_bt = jnp.maximum(seen_b + count_bt - 1, 0)
+        angles = rope.table(positions_bt, self.cfg.head_size, self.cfg.rope_theta)
+
+        x_btd, layers = self._blocks(x_btd, cache and cache.layers, angles, where, index, fresh)
+        if cache is not None:
+            cache = Cache(layers, valid_bs, cache.index + t)
+        return self.final_norm(x_btd), cache
+
+    def _blocks(self, x_btd, caches, *context):
+        def block(x_btd, module, cache):
+            x_btd = partition.constrain(x_btd, partition.BATCH, None, None)
+            return module(x_btd, cache, *context)
+
+        if not self.cfg.scan_layers:
+            filled = {}
+            for i, module in enumerate(self.layers):
+                cache = None if caches is None else caches[str(i)]
+                x_btd, filled[str(i)] = _remat(block, self.cfg)(x_btd, module, cache)
+            return x_btd, filled
+        graph, stacked = nnx.split(self.layers)
+        return jax.lax.scan(
+            _remat(lambda x_btd, xs: block(x_btd, nnx.merge(graph, xs[0]), xs[1]), self.cfg),
+            x_btd,
+            (stacked, caches),
+        )
+
+    def logits(self, hidden_btd):
+        """float32 logits_btv of the next token."""
+        # Stored (out, in) in the decode layout and when tied; no transpose is materialised.
+        rows = self.cfg.tie_embeddings or self.cfg.fused
+        kernel = self.embed.table if self.cfg.tie_embeddings else self.lm_head.kernel
+        logits_btv = jnp.einsum(
+            "btd,vd->btv" if rows else "btd,dv->btv",
+            hidden_btd,
+            kernel[...].astype(hidden_btd.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return partition.constrain(logits_btv, partition.BATCH, None, "tensor")
+
+    def head_matrix(self):
+        """The output projection [D, V], for ops.losses.chunked_cross_entropy."""
+        if self.cfg.tie_embeddings:
+            return self.embed.table[...].T
+        return self.lm_head.kernel[...].T if self.cfg.fused else self.lm_head.kernel[...]
+
+
+class Block(nnx.Module):
+    """x + Attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, cfg, rngs, stack=()):
+        self.attn_norm = norms.RMSNorm(cfg.width, cfg.rms_eps, cfg.param_dtype, stack)
+        self.attn = Attention(cfg, rngs, stack)
+        self.mlp_norm = norms.RMSNorm(cfg.width, cfg.rms_eps, cfg.param_dtype, stack)
+        self.mlp = Mlp(cfg, rngs, stack)
+
+    def __call__(self, x_btd, cache, *context):
+        """The block's output and this layer's cache."""
+        update_btd, cache = self.attn(self.attn_norm(x_btd), cache, *context)
+        x_btd = x_btd + update_btd
+        return x_btd + self.mlp(self.mlp_norm(x_btd)), cache
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions and an optional cache."""
+
+    def __init__(self, cfg, rngs, stack=()):
+        self.cfg = cfg
+        d, n, k, h = cfg.width, cfg.num_heads, cfg.kv_heads, cfg.head_size
+        if cfg.fused:
+            self.qkv = Kernel(cfg, rngs, ((n + 2 * k) * h, d))
+            self.o = Kernel(cfg, rngs, (d, n * h))
+        else:
+            self.q = Kernel(cfg, rngs, (*stack, d, n, h))
+            self.k = Kernel(cfg, rngs, (*stack, d, k, h))
+            self.v = Kernel(cfg, rngs, (*stack, d, k, h))
+            self.o = Kernel(cfg, rngs, (*stack, n, h, d))
+
+    def __call__(self, x_btd, cache, angles, where, index, fresh):
+        """`where` holds the arguments of `attend`; new keys go to slot `index` of the cache."""
+        q_btnh, k_btkh, v_btkh = self._project(x_btd)
+        q_btnh, k_btkh = rope.rotate(q_btnh, *angles), rope.rotate(k_btkh, *angles)
+        if cache is not None:
+            cache = {"k": _write(cache["k"], k_btkh, index), "v": _write(cache["v"], v_btkh, index)}
+            if not fresh:
+                k_btkh, v_btkh = cache["k"].swapaxes(1, 2), cache["v"].swapaxes(1, 2)
+        o_btnh = attention.attend(q_btnh, k_btkh, v_btkh, **where)
+        return self._merge(o_btnh), cache
+
+    def _project(self, x_btd):
+        if self.cfg.fused:
+            n, k, h = self.cfg.num_heads, self.cfg.kv_heads, self.cfg.head_size
+            flat_bto = jnp.einsum("btd,od->bto", x_btd, self.qkv.cast(x_btd))
+            heads_btnh = flat_bto.reshape(*flat_bto.shape[:2], n + 2 * k, h)
+            return jnp.split(heads_btnh, (n, n + k), axis=2)
+        projected = (
+            jnp.einsum("btd,dnh->btnh", x_btd, p.cast(x_btd)) for p in (self.q, self.k, self.v)
+        )
+        return [partition.constrain(x, partition.BATCH, None, "tensor", None) for x in projected]
+
+    def _merge(self, o_btnh):
+        if self.cfg.fused:
+            flat_bto = o_btnh.reshape(*o_btnh.shape[:2], -1)
+            return jnp.einsum("bto,do->btd", flat_bto, self.o.cast(o_btnh))
+        return jnp.einsum("btnh,nhd->btd", o_btnh, self.o.cast(o_btnh))
+
+
+class Mlp(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, cfg, rngs, stack=()):
+        self.cfg = cfg
+        d, f = cfg.width, cfg.mlp_width
+        if cfg.fused:
+            self.gate_up = Kernel(cfg, rngs, (2 * f, d))
+            self.down = Kernel(cfg, rngs, (d, f))
+        else:
+            self.gate = Kernel(cfg, rngs, (*stack, d, f))
+            self.up = Kernel(cfg, rngs, (*stack, d, f))
+            self.down = Kernel(cfg, rngs, (*stack, f, d))
+
+    def __call__(self, x_btd):
+        """x_btd -> x_btd."""
+        if self.cfg.fused:
+            both = jnp.einsum("btd,fd->btf", x_btd, self.gate_up.cast(x_btd))
+            gate_btf, up_btf = jnp.split(both, 2, axis=-1)
+            hidden_btf = jax.nn.silu(gate_btf) * up_btf
+            return jnp.einsum("btf,df->btd", hidden_btf, self.down.cast(x_btd))
+        gate_btf = jnp.einsum("btd,df->btf", x_btd, self.gate.cast(x_btd))
+        up_btf = jnp.einsum("btd,df->btf", x_btd, self.up.cast(x_btd))
+        hidden_btf = jax.nn.silu(gate_btf) * up_btf
+        hidden_btf = partition.constrain(hidden_btf, partition.BATCH, None, "tensor")
+        return jnp.einsum("btf,fd->btd", hidden_btf, self.down.cast(x_btd))
+
+
+class Embed(nnx.Module):
+    """tokens_bt -> x_btd in the compute dtype. Ids outside the table give NaN, not a neighbour."""
+
+    def __init__(self, cfg, rngs):
+        self.dtype = cfg.dtype
+        self.table = nnx.Param(_normal(cfg, rngs, (cfg.vocab_size, cfg.width)))
+
+    def __call__(self, tokens_bt):
+        """tokens_bt -> x_btd."""
+        x_btd = jnp.take(self.table[...], tokens_bt, axis=0, mode="fill").astype(self.dtype)
+        return partition.constrain(x_btd, partition.BATCH, None, None)
+
+
+class Kernel(nnx.Module):
+    """A matrix without bias; its user contracts it."""
+
+    def __init__(self, cfg, rngs, sizes):
+        self.kernel = nnx.Param(_normal(cfg, rngs, sizes))
+
+    def cast(self, like):
+        """The kernel in the dtype of `like`."""
+        return self.kernel[...].astype(like.dtype)
+
+
+def _normal(cfg, rngs, sizes):
+    # Deviation 0.02 for everything, no factor for depth; upstream: initializer_range.
+    return 0.02 * jax.random.normal(rngs.params(), sizes, cfg.param_dtype)
+
+
+def _remat(f, cfg):
+    policy = _REMAT[cfg.remat]
+    # Inside scan nothing can be merged across iterations, so the barriers are not needed.
+    return jax.checkpoint(f, policy=policy, prevent_cse=not cfg.scan_layers) if policy else f
+
+
+def _count(valid_bt):
+    return jnp.cumsum(valid_bt, axis=1, dtype=jnp.int32)
+
+
+def _write(cache_bksh, new_btkh, index):
+    new_bkth = new_btkh.swapaxes(1, 2).astype(cache_bksh.dtype)
+    return jax.lax.dynamic_update_slice(cache_bksh, new_bkth, (0, 0, index, 0))
+
+
+def decode_form(params, cfg: LlamaConfig):
+    """Parameters and config of the decode layout, in the compute dtype.
+
+    On CPU that dtype becomes float32: there matrix-vector products in bfloat16 are an order of
+    magnitude slower, and converting once here beats converting at every step.
+
+    Args:
+      params: training layout, scanned or not (a decode layout is returned as it is).
+      cfg: its config.
+
+    Returns:
+      (params, cfg) with fused=True, scan_layers=False.
+    """
+    if cfg.fused:
+        return params, cfg
+    dtype = "float32" if partition.platform() == "cpu" else cfg.dtype
+    rows = lambda kernel, k: kernel.reshape(math.prod(kernel.shape[:k]), -1).T  # noqa: E731
+
+    def layer(tree):
+        attn, mlp = tree["attn"], tree["mlp"]
+        qkv = [rows(attn[name]["kernel"], 1) for name in ("q", "k", "v")]
+        gate_up = [mlp[name]["kernel"].T for name in ("gate", "up")]
+        return {
+            "attn_norm": tree["attn_norm"],
+            "attn": {
+                "qkv": {"kernel": jnp.concatenate(qkv)},
+                "o": {"kernel": rows(attn["o"]["kernel"], 2)},
+            },
+            "mlp_norm": tree["mlp_norm"],
+            "mlp": {
+                "gate_up": {"kernel": jnp.concatenate(gate_up)},
+                "down": {"kernel": mlp["down"]["kernel"].T},
+            },
+        }
+
+    def convert(params):
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        layers = {}
+        for i in range(cfg.depth):
+            if cfg.scan_layers:
+                one = jax.tree.map(lambda x, i=i: x[i], params["layers"])
+            else:
+                one = params["layers"][str(i)]
+            layers[str(i)] = layer(one)
+        out = {**params, "layers": layers}
+        if not cfg.tie_embeddings:
+            out["lm_head"] = {"kernel": params["lm_head"]["kernel"].T}
+        return out
+
+    execution = dict(fused=True, scan_layers=False, remat="none")
+    decode_cfg = dataclasses.replace(cfg, dtype=dtype, param_dtype=dtype, **execution)
+    return jax.jit(convert)(params), decode_cfg
+
+
+def num_params(cfg: LlamaConfig) -> int:
+    """Number of parameters, the embedding table included."""
+    abstract = functional.Functional(lambda rngs: Llama(cfg, rngs)).abstract()
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
+
+
+def flops_per_token(cfg: LlamaConfig, tokens: int, causal_half: bool = True) -> float:
+    """Floating-point operations of forward and backward, per token of a sequence.
+
+    6 per matrix parameter (2 forward, 4 backward; the embedding lookup counts nothing, the head
+    does), plus 12 * depth * n * h * tokens for scores and weighted values. `causal_half` counts
+    only the half of those that a causal mask leaves. Recomputation is never counted.
+    """
+    d, n, k, h = cfg.width, cfg.num_heads, cfg.kv_heads, cfg.head_size
+    matrices = cfg.depth * (2 * d * h * (n + k) + 3 * d * cfg.mlp_width) + d * cfg.vocab_size
+    scores = 12 * cfg.depth * n * h * tokens
+    return 6.0 * matrices + (scores / 2 if causal_half else scores)

@@ -1,0 +1,235 @@
+"""Softmax attention: the only one in the repository, with every implementation behind it.
+
+Callers give the *structure* of the mask; the implementation decides whether it needs a dense one:
+
+    xla      everywhere. Causal attention goes in query blocks that read only the keys at or before
+             them, so half of the scores of a long sequence are never computed.
+    cudnn    GPU, bfloat16 or float16. Plain causal attention needs no mask at all; a dense mask
+             would become an additive bias, so only segments and padding pay for one.
+    splash   TPU, sequences and head widths padded to 128; causal and segment masks are built in.
+
+Head widths that a kernel does not take (100 of LVM-3B) are padded with zeros, which is exact: zero
+features add nothing to a score and give zero output features. The scale stays that of the true
+width.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from vlm_jax.ops import masks, partition
+
+_BLOCK = 256  # queries per block of the XLA path; ours: best of 128..1024 on CPU, 1,024 tokens
+_MAX_BLOCKS = 16  # the blocks are unrolled; longer sequences use larger ones
+_MASKED = -1e30  # finite, so that a fully masked (padding) row gives a mean rather than NaN
+_CUDNN_MAX_WIDTH = 128
+_LANES = 128  # TPU
+
+
+def attend(
+    q_btnh,
+    k_bskh,
+    v_bskh,
+    *,
+    causal: bool = False,
+    q_offset=None,
+    q_segments_bt=None,
+    kv_segments_bs=None,
+    kv_valid_bs=None,
+    bias_bnts=None,
+    scale: float | None = None,
+    implementation: str | None = None,
+):
+    """Softmax attention. Scores and softmax are float32, the result has v's dtype.
+
+    Args:
+      q_btnh: queries, rotated if the network uses RoPE, not yet scaled.
+      k_bskh, v_bskh: keys and values. s is t, or the cache length when decoding. Fewer heads than
+        the queries (k divides n) is grouped-query attention: head i reads key head i // (n / k).
+      causal: query i reads keys up to its own slot.
+      q_offset: slot of query 0 among the keys, for a cache; int or int32 scalar. None is 0.
+      q_segments_bt, kv_segments_bs: int32 document numbers; only equal ones see each other.
+      kv_valid_bs: bool, keys that are real. A row without any gets a mean, never NaN.
+      bias_bnts: added to the scores; axes of size 1 broadcast.
+      scale: factor on the scores; None is 1/sqrt(h). T5 passes 1.
+      implementation: 'xla', 'cudnn', 'splash', or None for the best that takes this call.
+
+    Returns:
+      o_btnh.
+
+    Raises:
+      ValueError: heads that do not group, one of the two segment arrays missing, unknown name.
+    """
+    n, h, k = q_btnh.shape[2], q_btnh.shape[3], k_bskh.shape[2]
+    if n % k:
+        raise ValueError(f"{n} query heads cannot share {k} key heads; n must be a multiple of k")
+    if (q_segments_bt is None) != (kv_segments_bs is None):
+        raise ValueError("give both q_segments_bt and kv_segments_bs, or neither")
+    scale = h**-0.5 if scale is None else scale
+    where = dict(
+        causal=causal,
+        q_offset=q_offset,
+        q_segments_bt=q_segments_bt,
+        kv_segments_bs=kv_segments_bs,
+        kv_valid_bs=kv_valid_bs,
+    )
+    implementation = implementation or choose(q_btnh, k_bskh, bias_bnts=bias_bnts, **where)
+    match implementation:
+        case "xla":
+            return _xla(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where)
+        case "cudnn":
+            return _cudnn(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where)
+        case "splash":
+            segments = q_segments_bt, kv_segments_bs
+            return _splash(q_btnh, k_bskh, v_bskh, scale, causal, segments, kv_valid_bs)
+    raise ValueError(f"unknown attention implementation {implementation!r}: xla, cudnn, splash")
+
+
+def choose(q_btnh, k_bskh, *, q_offset=None, bias_bnts=None, **_) -> str:
+    """The fastest implementation that takes these arguments on the platform of this trace."""
+    (_, t, _, h), s = q_btnh.shape, k_bskh.shape[1]
+    low_precision = q_btnh.dtype in (jnp.bfloat16, jnp.float16)
+    platform = partition.platform()
+    # A single query is a matrix-vector product: no score matrix to avoid, nothing to gain.
+    if t == 1 or q_offset is not None:
+        return "xla"
+    if platform == "gpu" and low_precision and h <= _CUDNN_MAX_WIDTH and t % 2 == s % 2 == 0:
+        return "cudnn"
+    if platform == "tpu" and bias_bnts is None and t >= _LANES and s >= _LANES:
+        return "splash"
+    return "xla"
+
+
+def dense_mask(
+    t, s, *, causal=False, q_offset=None, q_segments_bt=None, kv_segments_bs=None, kv_valid_bs=None
+):
+    """The same structure as mask_bts (b may be 1), or None where everything may be read."""
+    parts = []
+    if causal and t > 1:
+        parts.append(masks.causal(t, s, 0 if q_offset is None else q_offset)[None])
+    elif causal:
+        slot = 0 if q_offset is None else q_offset
+        parts.append((jnp.arange(s) <= slot)[None, None])
+    if q_segments_bt is not None:
+        parts.append(masks.segments(q_segments_bt, kv_segments_bs))
+    if kv_valid_bs is not None:
+        parts.append(kv_valid_bs[:, None, :])
+    return functools.reduce(jnp.logical_and, parts) if parts else None
+
+
+def _xla(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where):
+    b, t, n, h = q_btnh.shape
+    s, k = k_bskh.shape[1:3]
+    q_bkgth = (q_btnh * scale).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
+    # Key heads lead, as in the cache, where these two transposes cancel the ones around it.
+    k_bksh, v_bksh = k_bskh.swapaxes(1, 2), v_bskh.swapaxes(1, 2)
+    if bias_bnts is not None:
+        heads = (k, n // k) if bias_bnts.shape[1] == n else (1, 1)
+        bias = bias_bnts.reshape(bias_bnts.shape[0], *heads, *bias_bnts.shape[2:])
+
+    triangle = where["causal"] and where["q_offset"] is None and t == s and t > 1
+    block = max(_BLOCK, -(-t // _MAX_BLOCKS)) if triangle else t
+    outputs = []
+    for start in range(0, t, block):
+        rows = slice(start, min(start + block, t))
+        cols = slice(0, rows.stop if triangle else s)
+        scores = jnp.einsum(
+            "bkgth,bksh->bkgts",
+            q_bkgth[:, :, :, rows],
+            k_bksh[:, :, cols],
+            preferred_element_type=jnp.float32,
+        )
+        if bias_bnts is not None:
+            some = bias if bias.shape[3] == 1 else bias[:, :, :, rows]
+            scores += some if some.shape[4] == 1 else some[..., cols]
+        mask_bts = dense_mask(
+            rows.stop - start,
+            cols.stop,
+            causal=where["causal"],
+            q_offset=start if triangle else where["q_offset"],
+            q_segments_bt=_part(where["q_segments_bt"], rows),
+            kv_segments_bs=_part(where["kv_segments_bs"], cols),
+            kv_valid_bs=_part(where["kv_valid_bs"], cols),
+        )
+        if mask_bts is not None:
+            scores = jnp.where(mask_bts[:, None, None], scores, _MASKED)
+        probs = jax.nn.softmax(scores, axis=-1).astype(v_bskh.dtype)
+        outputs.append(jnp.einsum("bkgts,bksh->bkgth", probs, v_bksh[:, :, cols]))
+    o_bkgth = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3)
+    return o_bkgth.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+def _part(x_bs, part):
+    return None if x_bs is None else x_bs[:, part]
+
+
+def _cudnn(q_btnh, k_bskh, v_bskh, bias_bnts, scale, *, causal, **where):
+    (_, t, _, h), s = q_btnh.shape, k_bskh.shape[1]
+    mask_bts = dense_mask(t, s, **where)  # None for plain causal or full attention
+    o_btnh = jax.nn.dot_product_attention(
+        *(_pad_axis(x, 3, 8) for x in (q_btnh, k_bskh, v_bskh)),
+        bias=bias_bnts,
+        mask=None if mask_bts is None else mask_bts[:, None],
+        scale=scale,
+        is_causal=causal,
+        implementation="cudnn",
+    )
+    return o_btnh[..., :h]
+
+
+def _splash(q_btnh, k_bskh, v_bskh, scale, causal, segments, kv_valid_bs):
+    # Imported here: the kernels load only where they run.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
+    (b, t, n, h), s = q_btnh.shape, k_bskh.shape[1]
+    k = k_bskh.shape[2]
+    q, keys, values = (
+        _pad_axis(_pad_axis(x, 3, _LANES), 1, _LANES).swapaxes(1, 2)
+        for x in (q_btnh * scale, k_bskh, v_bskh)
+    )
+    # Padding rows and keys become a document of their own: number -1.
+    q_ids, kv_ids = segments if segments[0] is not None else (jnp.ones((b, t)), jnp.ones((b, s)))
+    if kv_valid_bs is not None:
+        kv_ids = jnp.where(kv_valid_bs, kv_ids, -1)
+    q_ids, kv_ids = (_pad_axis(x.astype(jnp.int32), 1, _LANES, fill=-1) for x in (q_ids, kv_ids))
+
+    mesh = partition.active_mesh()
+    shards = 1 if mesh is None else mesh.shape.get("tensor", 1)
+    shards = shards if k % shards == 0 else 1
+    shape = q.shape[2], keys.shape[2]
+    kind = splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask
+    mask = splash_attention_mask.MultiHeadMask([kind(shape) for _ in range(n // shards)])
+    kernel = splash_attention_kernel.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
+
+    def local(q_bnth, k_bksh, v_bksh, q_ids_bt, kv_ids_bs):
+        group = q_bnth.shape[1] // k_bksh.shape[1]
+        k_bnsh, v_bnsh = (jnp.repeat(x, group, axis=1) for x in (k_bksh, v_bksh))
+        ids = splash_attention_kernel.SegmentIds(q_ids_bt, kv_ids_bs)
+        return jax.vmap(kernel)(q_bnth, k_bnsh, v_bnsh, ids)
+
+    if mesh is not None and mesh.size > 1:  # kernels are opaque to the partitioner
+        rows = partition.spec((b,), (partition.BATCH,), mesh)[0]
+        heads = "tensor" if shards > 1 else None
+        full, ids = PartitionSpec(rows, heads), PartitionSpec(rows)
+        local = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(full, full, full, ids, ids),
+            out_specs=full,
+            check_vma=False,
+        )
+    o_bnth = local(q, keys, values, q_ids, kv_ids)
+    return o_bnth.swapaxes(1, 2)[:, :t, :, :h].astype(v_bskh.dtype)
+
+
+def _pad_axis(x, axis, multiple, fill=0):
+    extra = -x.shape[axis] % multiple
+    pad = [(0, extra if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, pad, constant_values=fill) if extra else x
