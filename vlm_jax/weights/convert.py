@@ -1,0 +1,216 @@
+"""Rule tables between our parameter trees and the tensors of other programs, checked both ways.
+
+A rule says, for every parameter of ours whose path it matches, what the other side calls it and
+how the values differ. A name with `{layer}` stands for one tensor per index of our leading axis
+(layers are stacked for the scan).
+
+    Rule(r"layers/mlp/(gate|up)/kernel",                      ours, a regex for the whole path
+         r"model.layers.{layer}.mlp.\\1_proj.weight",          theirs, expanded like re.sub
+         load=..., save=...)                                  theirs -> ours, ours -> theirs
+
+The first rule that matches counts. The same table reads (`convert`) and writes (`revert`), so
+reading what was written gives every bit back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlm_jax.nn import functional
+
+Tensors = Mapping[str, np.ndarray]
+_MAX_SHOWN = 40
+
+
+class ConversionError(ValueError):
+    """Everything that does not fit between a checkpoint and a parameter tree.
+
+    Attributes:
+      errors: one line each, all of them; the message shows the first 40.
+    """
+
+    def __init__(self, source: str, errors: Sequence[str]):
+        self.errors = tuple(errors)
+        shown = [f"  - {error}" for error in self.errors[:_MAX_SHOWN]]
+        if len(self.errors) > _MAX_SHOWN:
+            shown.append(f"  ... and {len(self.errors) - _MAX_SHOWN} more")
+        super().__init__("\n".join([f"{source}: {len(self.errors)} tensors do not fit:", *shown]))
+
+
+def _reshape(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return x.reshape(shape)
+
+
+def _same(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How one kind of parameter is named and laid out elsewhere.
+
+    Attributes:
+      ours: regex for our whole '/'-joined path.
+      theirs: their name, a template for `re.Match.expand`, or a function of the match. `{layer}`
+        in a template is the index on our axis 0.
+      load: (their array, our shape without the layer axis) -> our array.
+      save: our array (numpy, or traced to learn the shape) -> their array.
+    """
+
+    ours: str
+    theirs: str | Callable[[re.Match], str]
+    load: Callable[[np.ndarray, tuple[int, ...]], np.ndarray] = _reshape
+    save: Callable[[Any], Any] = _same
+
+    def name_of(self, match: re.Match) -> str:
+        """Their name for a matched path of ours, `{layer}` not yet filled in."""
+        return self.theirs(match) if callable(self.theirs) else match.expand(self.theirs)
+
+
+# Our own tree, as it is.
+NATIVE_RULES = (Rule(r".*", r"\g<0>"),)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """One parameter of ours and the tensors that fill it."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    rule: Rule
+    names: tuple[str, ...]  # one, or one per layer
+    stacked: bool
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        return self.shape[1:] if self.stacked else self.shape
+
+    @property
+    def their_shape(self) -> tuple[int, ...]:
+        return jax.eval_shape(self.rule.save, jax.ShapeDtypeStruct(self.item_shape, self.dtype)).shape
+
+
+def _targets(abstract: Mapping[str, Any], rules: Iterable[Rule]) -> list[_Target]:
+    rules, found, orphans = tuple(rules), [], []
+    for path, leaf in functional.flatten(abstract).items():
+        for rule in rules:
+            if match := re.fullmatch(rule.ours, path):
+                name = rule.name_of(match)
+                stacked = "{layer}" in name
+                layers = range(leaf.shape[0]) if stacked else (None,)
+                names = tuple(name.replace("{layer}", str(layer)) for layer in layers)
+                found.append(_Target(path, leaf.shape, leaf.dtype, rule, names, stacked))
+                break
+        else:
+            orphans.append(path)
+    if orphans:
+        raise ValueError(f"no rule for the parameters {orphans} among {[r.ours for r in rules]}")
+    return found
+
+
+def ignored(tensors: Iterable[str], ignore: Sequence[str]) -> list[str]:
+    """The names that match one of the `ignore` patterns as a whole."""
+    return [name for name in tensors if any(re.fullmatch(pattern, name) for pattern in ignore)]
+
+
+def convert(
+    tensors: Tensors,
+    rules: Iterable[Rule],
+    abstract: Mapping[str, Any],
+    ignore: Sequence[str] = (),
+    shardings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Fills a parameter tree from the tensors of another program.
+
+    One tensor at a time is read, transposed and copied to its place, so the peak is the result
+    and one parameter. Floats take the dtype that `abstract` asks for.
+
+    Args:
+      tensors: name -> array, see `readers.read`; lazily loaded ones are read once.
+      rules: the table; see the top of this file.
+      abstract: our tree of `jax.ShapeDtypeStruct`.
+      ignore: regexes for names that are knowingly not used.
+      shardings: a tree like `abstract` of `jax.sharding.Sharding`. Each parameter is placed as
+        soon as it is complete. None leaves numpy arrays.
+
+    Returns:
+      A nested dict like `abstract`.
+
+    Raises:
+      ConversionError: unexplained, missing or wrongly shaped tensors; all of them, by name.
+    """
+    targets = _targets(abstract, rules)
+    wanted = {name for target in targets for name in target.names}
+    skipped = set(ignored(tensors, ignore)) - wanted
+    unused = [name for name in tensors if name not in wanted and name not in skipped]
+    missing = {name for name in wanted if name not in tensors}
+    errors = [
+        f"{name}: in the checkpoint, but no parameter takes it{_nearest(name, missing, i)}"
+        for i, name in enumerate(unused)
+    ]
+    placed = functional.flatten(shardings) if shardings is not None else {}
+    result = {}
+    for target in targets:
+        array = None if errors else np.empty(target.shape, target.dtype)
+        their_shape = target.their_shape
+        for layer, name in enumerate(target.names):
+            if name in missing:
+                near = _nearest(name, unused, len(errors))
+                errors.append(f"{name}: missing from the checkpoint, {target.path} needs it{near}")
+                continue
+            x = tensors[name]
+            if x.shape != their_shape:
+                errors.append(
+                    f"{name}: has shape {x.shape}, but {target.path} needs {their_shape}"
+                )
+            elif not errors:
+                array[layer if target.stacked else ...] = target.rule.load(x, target.item_shape)
+        if errors:
+            continue
+        if target.path in placed:
+            array = _place(array, placed[target.path])
+        result[target.path] = array
+    if errors:
+        raise ConversionError(getattr(tensors, "source", "checkpoint"), errors)
+    return functional.unflatten(result)
+
+
+def revert(params: Mapping[str, Any], rules: Iterable[Rule]) -> dict[str, Callable]:
+    """The other side's tensors: name -> function returning the numpy array, layers unstacked."""
+    arrays = functional.flatten(params)
+
+    def loader(target, layer):
+        def load():
+            x = arrays[target.path]
+            return np.ascontiguousarray(target.rule.save(np.asarray(x[layer] if target.stacked else x)))
+
+        return load
+
+    return {
+        name: loader(target, layer)
+        for target in _targets(params, rules)
+        for layer, name in enumerate(target.names)
+    }
+
+
+def reverted_shapes(params: Mapping[str, Any], rules: Iterable[Rule]) -> dict[str, tuple]:
+    """name -> shape of what `revert` gives; works on an abstract tree."""
+    return {name: target.their_shape for target in _targets(params, rules) for name in target.names}
+
+
+def _nearest(name: str, candidates: Iterable[str], shown: int) -> str:
+    """A hint; only for the errors that are shown, since the comparison is quadratic."""
+    close = difflib.get_close_matches(name, list(candidates), 2) if shown < _MAX_SHOWN else []
+    return f" (nearest: {', '.join(close)})" if close else ""
+
+
+def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -1,0 +1,408 @@
+"""LLaMA weights of other programs: Hugging Face, EasyLM (LVM's own format) and GGUF.
+
+    layer kernel        Hugging Face      EasyLM             GGUF              ours
+    q, k                (n h, d)          (d, n h) pairs     (n h, d) pairs    (d, n, h)
+    v                   (n h, d)          (d, n h)           (n h, d)          (d, n, h)
+    o                   (d, n h)          (n h, d)           (d, n h)          (n, h, d)
+    MLP                 (out, in)         (in, out)          (out, in)         (in, out)
+
+"pairs": rotary embeddings there turn neighbouring channels (2i, 2i+1) of a head; Hugging Face and
+we turn channels i and i + h/2. The converters reorder q and k, the model knows one layout only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.models import llama
+from vlm_jax.nn import functional
+from vlm_jax.weights import convert, readers
+
+# Tables of angles that older conversions stored; computed here.
+_INV_FREQ = r".*rotary_emb\.inv_freq"
+
+
+def _transposed(x, shape):
+    return x.T.reshape(shape)
+
+
+def _save_in_first(x):  # q, k, v, MLP: axis 0 is the input
+    return x.reshape(x.shape[0], -1).T
+
+
+def _save_out_last(x):  # o: the last axis is the output
+    return x.reshape(-1, x.shape[-1]).T
+
+
+def _pairs_to_halves(x, shape):
+    d, n, h = shape
+    return x.reshape(d, n, h // 2, 2).swapaxes(2, 3).reshape(shape)
+
+
+def _halves_to_pairs(x):
+    d, n, h = x.shape
+    return x.reshape(d, n, 2, h // 2).swapaxes(2, 3).reshape(d, n * h)
+
+
+def _table(
+    names: Mapping[str, str], qk: tuple, in_first: tuple, out_last: tuple
+) -> tuple[convert.Rule, ...]:
+    """Every layout has the same twelve parameters; (load, save) pairs say how kernels differ."""
+    return (
+        convert.Rule("embed/table", names["embed"]),
+        convert.Rule("layers/attn_norm/scale", names["attn_norm"]),
+        convert.Rule("layers/attn/q/kernel", names["q"], *qk),
+        convert.Rule("layers/attn/k/kernel", names["k"], *qk),
+        convert.Rule("layers/attn/v/kernel", names["v"], *in_first),
+        convert.Rule("layers/attn/o/kernel", names["o"], *out_last),
+        convert.Rule("layers/mlp_norm/scale", names["mlp_norm"]),
+        convert.Rule("layers/mlp/gate/kernel", names["gate"], *in_first),
+        convert.Rule("layers/mlp/up/kernel", names["up"], *in_first),
+        convert.Rule("layers/mlp/down/kernel", names["down"], *in_first),
+        convert.Rule("final_norm/scale", names["final_norm"]),
+        convert.Rule("lm_head/kernel", names["lm_head"], *in_first),
+    )
+
+
+_HF_LAYER = "model.layers.{layer}."
+HF_RULES = _table(
+    dict(
+        embed="model.embed_tokens.weight",
+        attn_norm=_HF_LAYER + "input_layernorm.weight",
+        q=_HF_LAYER + "self_attn.q_proj.weight",
+        k=_HF_LAYER + "self_attn.k_proj.weight",
+        v=_HF_LAYER + "self_attn.v_proj.weight",
+        o=_HF_LAYER + "self_attn.o_proj.weight",
+        mlp_norm=_HF_LAYER + "post_attention_layernorm.weight",
+        gate=_HF_LAYER + "mlp.gate_proj.weight",
+        up=_HF_LAYER + "mlp.up_proj.weight",
+        down=_HF_LAYER + "mlp.down_proj.weight",
+        final_norm="model.norm.weight",
+        lm_head="lm_head.weight",
+    ),
+    qk=(_transposed, _save_in_first),
+    in_first=(_transposed, _save_in_first),
+    out_last=(_transposed, _save_out_last),
+)
+
+_EASYLM_LAYER = "transformer/h/{layer}/"
+EASYLM_RULES = _table(
+    dict(
+        embed="transformer/wte/embedding",
+        attn_norm=_EASYLM_LAYER + "attention_norm/kernel",
+        q=_EASYLM_LAYER + "attention/wq/kernel",
+        k=_EASYLM_LAYER + "attention/wk/kernel",
+        v=_EASYLM_LAYER + "attention/wv/kernel",
+        o=_EASYLM_LAYER + "attention/wo/kernel",
+        mlp_norm=_EASYLM_LAYER + "ffn_norm/kernel",
+        gate=_EASYLM_LAYER + "feed_forward/w1/kernel",
+        up=_EASYLM_LAYER + "feed_forward/w3/kernel",
+        down=_EASYLM_LAYER + "feed_forward/w2/kernel",
+        final_norm="transformer/ln_f/kernel",
+        lm_head="lm_head/kernel",
+    ),
+    qk=(_pairs_to_halves, _halves_to_pairs),
+    in_first=(lambda x, shape: x.reshape(shape), lambda x: x.reshape(x.shape[0], -1)),
+    out_last=(lambda x, shape: x.reshape(shape), lambda x: x.reshape(-1, x.shape[-1])),
+)
+
+_GGUF_LAYER = "blk.{layer}."
+GGUF_RULES = _table(
+    dict(
+        embed="token_embd.weight",
+        attn_norm=_GGUF_LAYER + "attn_norm.weight",
+        q=_GGUF_LAYER + "attn_q.weight",
+        k=_GGUF_LAYER + "attn_k.weight",
+        v=_GGUF_LAYER + "attn_v.weight",
+        o=_GGUF_LAYER + "attn_output.weight",
+        mlp_norm=_GGUF_LAYER + "ffn_norm.weight",
+        gate=_GGUF_LAYER + "ffn_gate.weight",
+        up=_GGUF_LAYER + "ffn_up.weight",
+        down=_GGUF_LAYER + "ffn_down.weight",
+        final_norm="output_norm.weight",
+        lm_head="output.weight",
+    ),
+    qk=(lambda x, shape: _pairs_to_halves(x.T, shape), lambda x: _halves_to_pairs(x).T),
+    in_first=(_transposed, _save_in_first),
+    out_last=(_transposed, _save_out_last),
+)
+
+HF_STEM = "model"  # of the file names that transformers looks for
+_RULES = {"hf": HF_RULES, "easylm": EASYLM_RULES, "gguf": GGUF_RULES}
+
+
+# ---- parameters ------------------------------------------------------------------------------
+
+
+def abstract_params(cfg: llama.LlamaConfig) -> Mapping[str, Any]:
+    """The tree that the converters fill: stacked layers, whatever `cfg` says of decoding."""
+    stacked = dataclasses.replace(cfg, scan_layers=True, fused=False)
+    return functional.Functional(lambda rngs: llama.Llama(stacked, rngs)).abstract()
+
+
+def from_hf(tensors: convert.Tensors, cfg: llama.LlamaConfig, shardings=None) -> dict[str, Any]:
+    """`LlamaForCausalLM` tensors -> our parameters; see `convert.convert` for the errors."""
+    return convert.convert(tensors, HF_RULES, abstract_params(cfg), _hf_ignore(cfg), shardings)
+
+
+def _hf_ignore(cfg: llama.LlamaConfig) -> tuple[str, ...]:
+    # Some writers store the tied head a second time.
+    return (_INV_FREQ, r"lm_head\.weight") if cfg.tie_embeddings else (_INV_FREQ,)
+
+
+def from_easylm(tensors: convert.Tensors, cfg: llama.LlamaConfig, shardings=None) -> dict[str, Any]:
+    """EasyLM tensors, of any of the four kinds, -> our parameters."""
+    tensors, ignore = _below_params(tensors)
+    return convert.convert(tensors, EASYLM_RULES, abstract_params(cfg), ignore, shardings)
+
+
+def _below_params(tensors: convert.Tensors) -> tuple[convert.Tensors, tuple[str, ...]]:
+    """Drops `params/params/` (training state) or `params/` (variables) in front of every name."""
+    for prefix in ("params/params/", "params/"):
+        if any(name.startswith(prefix) for name in tensors):
+            break
+    else:
+        return tensors, ()
+    below = tensors.renamed(lambda name: name.removeprefix(prefix))
+    return below, (r"step", r"opt_state/.*")
+
+
+def from_gguf(tensors: convert.Tensors, cfg: llama.LlamaConfig, shardings=None) -> dict[str, Any]:
+    """llama.cpp tensors -> our parameters."""
+    return convert.convert(tensors, GGUF_RULES, abstract_params(cfg), (), shardings)
+
+
+def from_native(tensors: convert.Tensors, cfg: llama.LlamaConfig, shardings=None) -> dict[str, Any]:
+    """Our own paths, as `weights.export` writes them."""
+    return convert.convert(
+        tensors, convert.NATIVE_RULES, abstract_params(cfg), (), shardings
+    )
+
+
+def to_hf(params: Mapping[str, Any], cfg: llama.LlamaConfig) -> dict[str, Callable]:
+    """Our parameters -> Hugging Face name -> function returning the array."""
+    del cfg  # the tree says it all; kept so that every system's function looks alike
+    return convert.revert(params, HF_RULES)
+
+
+# ---- whole checkpoints -----------------------------------------------------------------------
+
+_LAYOUTS = {  # a name that only this layout has, wherever it stands -> how to read it
+    "model.embed_tokens.weight": ("hf", from_hf),
+    "transformer/wte/embedding": ("easylm", from_easylm),
+    "token_embd.weight": ("gguf", from_gguf),
+    "embed/table": ("native", from_native),
+}
+
+
+def layout_of(tensors: convert.Tensors) -> str:
+    """One of "hf", "easylm", "gguf", "native"; ValueError when the names tell nothing."""
+    return _layout(tensors)[0]
+
+
+def _layout(tensors: convert.Tensors) -> tuple[str, Callable]:
+    for sign, layout in _LAYOUTS.items():
+        if any(name == sign or name.endswith("/" + sign) for name in tensors):
+            return layout
+    raise ValueError(
+        f"{getattr(tensors, 'source', 'checkpoint')}: not a LLaMA checkpoint: none of "
+        f"{list(_LAYOUTS)} among its tensors {sorted(tensors)[:5]} ..."
+    )
+
+
+def load(
+    path: str | os.PathLike, cfg: llama.LlamaConfig | None = None, shardings=None, **overrides
+) -> tuple[llama.LlamaConfig, dict[str, Any]]:
+    """Reads any of the four layouts.
+
+    Args:
+      path: what `readers.read` takes.
+      cfg: sizes; None takes them from the file, a config.json beside it, or the shapes.
+      shardings: see `convert.convert`.
+      **overrides: config fields to replace, e.g. `param_dtype="bfloat16"`.
+
+    Returns:
+      (config, parameters).
+    """
+    tensors = readers.read(path)
+    cfg = dataclasses.replace(cfg or config_of(tensors, path), **overrides)
+    return cfg, _layout(tensors)[1](tensors, cfg, shardings)
+
+
+def load_gguf(path: str | os.PathLike, **overrides) -> tuple[llama.LlamaConfig, dict[str, Any]]:
+    """Reads a GGUF file: `cfg, params = load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")`."""
+    return load(path, **overrides)
+
+
+# ---- configs ---------------------------------------------------------------------------------
+
+
+def config_of(tensors: convert.Tensors, path: str | os.PathLike) -> llama.LlamaConfig:
+    """The config from GGUF metadata, else config.json beside the weights, else the shapes."""
+    if layout_of(tensors) == "gguf":
+        return config_from_gguf(tensors.metadata, tied="output.weight" not in tensors)
+    file = readers.folder_of(path) / "config.json"
+    if not file.exists():
+        return config_from_shapes(tensors)
+    try:
+        fields = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    if "system" in fields:  # written by weights.export in the native format
+        return llama.LlamaConfig(**fields["model"])
+    return config_from_hf(fields)
+
+
+def config_from_hf(fields: Mapping[str, Any]) -> llama.LlamaConfig:
+    """A transformers config.json -> our config. Variants that we do not compute are refused."""
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}  # v5, v4
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    wrong = {
+        "model_type": fields.get("model_type", "llama") != "llama",
+        "hidden_act": fields.get("hidden_act", "silu") != "silu",
+        "attention_bias": bool(fields.get("attention_bias")),
+        "mlp_bias": bool(fields.get("mlp_bias")),
+        "rope_scaling": kind != "default",
+    }
+    if any(wrong.values()):
+        found = {key: fields.get(key, kind) for key, bad in wrong.items() if bad}
+        raise ValueError(f"config.json: {found} is not supported; plain LLaMA is")
+    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size",
+              "num_attention_heads")  # fmt: skip
+    if absent := [key for key in needed if key not in fields]:
+        raise ValueError(f"config.json: {absent} missing; not a LLaMA config")
+    cfg = llama.LlamaConfig(
+        vocab_size=fields["vocab_size"],
+        width=fields["hidden_size"],
+        depth=fields["num_hidden_layers"],
+        mlp_width=fields["intermediate_size"],
+        num_heads=fields["num_attention_heads"],
+        num_kv_heads=fields.get("num_key_value_heads") or 0,
+        head_width=fields.get("head_dim") or 0,
+        # Absent keys mean what transformers' LlamaConfig means by them.
+        rope_theta=float(rope.get("rope_theta") or fields.get("rope_theta") or 1e4),
+        rms_eps=fields.get("rms_norm_eps", 1e-6),
+        max_tokens=fields.get("max_position_embeddings", fields.get("max_sequence_length", 2048)),
+        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+    )
+    return _normal(cfg)
+
+
+def config_to_hf(cfg: llama.LlamaConfig) -> dict[str, Any]:
+    """The config.json that transformers reads. No bos or eos: ids 1 and 2 are image codes."""
+    return dict(
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        vocab_size=cfg.vocab_size,
+        hidden_size=cfg.width,
+        num_hidden_layers=cfg.depth,
+        intermediate_size=cfg.mlp_width,
+        num_attention_heads=cfg.num_heads,
+        num_key_value_heads=cfg.kv_heads,
+        head_dim=cfg.head_size,
+        rope_theta=cfg.rope_theta,
+        rms_norm_eps=cfg.rms_eps,
+        max_position_embeddings=cfg.max_tokens,
+        tie_word_embeddings=cfg.tie_embeddings,
+        hidden_act="silu",
+        attention_bias=False,
+        mlp_bias=False,
+        # Spelled out, since transformers' defaults are 1 and 2.
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def config_from_gguf(metadata: Mapping[str, Any], *, tied: bool) -> llama.LlamaConfig:
+    """GGUF metadata -> our config."""
+    kind = metadata.get("general.architecture")
+    scaling = metadata.get("llama.rope.scaling.type", "none")
+    if kind != "llama" or scaling != "none":
+        raise ValueError(f"GGUF architecture {kind!r}, rope scaling {scaling!r}; need llama, none")
+    get = {key.removeprefix("llama."): value for key, value in metadata.items()}
+    width, heads = get["embedding_length"], get["attention.head_count"]
+    cfg = llama.LlamaConfig(
+        vocab_size=get.get("vocab_size") or len(metadata["tokenizer.ggml.tokens"]),
+        width=width,
+        depth=get["block_count"],
+        mlp_width=get["feed_forward_length"],
+        num_heads=heads,
+        num_kv_heads=get.get("attention.head_count_kv", heads),
+        head_width=get.get("attention.key_length", width // heads),
+        rope_theta=get.get("rope.freq_base", 1e4),
+        rms_eps=_short(get["attention.layer_norm_rms_epsilon"]),
+        max_tokens=get["context_length"],
+        tie_embeddings=tied,
+    )
+    return _normal(cfg)
+
+
+def _short(value: float) -> float:
+    """1e-5 went through float32 in the file: 9.99999974e-06 -> 1e-05."""
+    return float(str(np.float32(value)))
+
+
+def config_from_shapes(tensors: convert.Tensors, num_heads: int = 0) -> llama.LlamaConfig:
+    """Sizes from the shapes of a checkpoint that has no config.json.
+
+    The number of heads leaves no trace in the shapes: it comes from the caller, from a stored
+    rotary table, or from a preset of the same width, depth and MLP width. What leaves no trace
+    either (rotary base, epsilon, context) is the preset's, or LlamaConfig's default.
+    """
+    layout = layout_of(tensors)
+    if layout not in _RULES:
+        raise ValueError(f"{tensors.source}: the {layout} layout needs its config.json")
+    if layout == "easylm":
+        tensors, _ = _below_params(tensors)
+    theirs = {rule.ours: rule.theirs for rule in _RULES[layout]}
+    norms = re.escape(theirs["layers/attn_norm/scale"]).replace(r"\{layer\}", r"\d+")
+    depth = sum(re.fullmatch(norms, name) is not None for name in tensors)
+    vocab_size, width = tensors[theirs["embed/table"]].shape
+    try:
+        q, k, mlp_width = (
+            tensors[theirs[f"layers/{part}/kernel"].replace("{layer}", "0")].size // width
+            for part in ("attn/q", "attn/k", "mlp/gate")
+        )
+    except KeyError as error:
+        raise ValueError(f"{tensors.source}: no tensor {error} to take the sizes from") from error
+    sizes = dict(vocab_size=vocab_size, width=width, depth=depth, mlp_width=mlp_width)
+    tied = theirs["lm_head/kernel"] not in tensors
+    rotary = [name for name in tensors if re.fullmatch(_INV_FREQ, name)]
+    if rotary:
+        num_heads = q // (2 * tensors[rotary[0]].size)
+    base = llama.LlamaConfig(**sizes, num_heads=num_heads or 1, head_width=2)
+    if not num_heads:
+        same = [p for p in llama.PRESETS.values()
+                if (p.width, p.depth, p.mlp_width) == (width, depth, mlp_width)]  # fmt: skip
+        if not same:
+            raise ValueError(
+                f"{tensors.source}: width {width}, depth {depth}, MLP {mlp_width} fit no preset, "
+                "and shapes do not tell the number of heads; put a config.json beside the file"
+            )
+        base, num_heads = same[0], same[0].num_heads
+    return _normal(
+        dataclasses.replace(
+            base,
+            **sizes,
+            num_heads=num_heads,
+            num_kv_heads=k * num_heads // q,
+            head_width=q // num_heads,
+            tie_embeddings=tied,
+        )
+    )
+
+
+def _normal(cfg: llama.LlamaConfig) -> llama.LlamaConfig:
+    """0 where a field says what 0 means, so that equal networks have equal configs."""
+    return dataclasses.replace(
+        cfg,
+        num_kv_heads=0 if cfg.num_kv_heads == cfg.num_heads else cfg.num_kv_heads,
+        head_width=0 if cfg.head_width * cfg.num_heads == cfg.width else cfg.head_width,
+    )

@@ -1,0 +1,136 @@
+"""VQGAN weights in the layout of the released tokenizer (open-muse, LVM).
+
+Our paths are the upstream names with '/' for '.'; a convolution is (out, in, kh, kw) there and
+(kh, kw, in, out) here, and a norm's weight is called scale.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vlm_jax.models import vqgan
+from vlm_jax.nn import functional
+from vlm_jax.weights import convert, readers
+
+
+def _weight(match) -> str:
+    return match[1].replace("/", ".") + ".weight"
+
+
+def _bias(match) -> str:
+    return match[1].replace("/", ".") + ".bias"
+
+
+HF_STEM = "pytorch_model"  # upstream's loader asks for pytorch_model.safetensors
+HF_RULES = (
+    convert.Rule(r"quantize/embedding", "quantize.embedding.weight"),
+    convert.Rule(
+        r"(.+)/kernel",
+        _weight,
+        load=lambda x, shape: x.transpose(2, 3, 1, 0),
+        save=lambda x: x.transpose(3, 2, 0, 1),
+    ),
+    convert.Rule(r"(.+)/scale", _weight),
+    convert.Rule(r"(.+)/bias", _bias),
+)
+
+
+def abstract_params(cfg: vqgan.VqganConfig) -> Mapping[str, Any]:
+    """The tree that the converters fill."""
+    return functional.Functional(lambda rngs: vqgan.Vqgan(cfg, rngs)).abstract()
+
+
+def from_hf(tensors: convert.Tensors, cfg: vqgan.VqganConfig, shardings=None) -> dict[str, Any]:
+    """Upstream tensors -> our parameters; see `convert.convert` for the errors."""
+    return convert.convert(tensors, HF_RULES, abstract_params(cfg), (), shardings)
+
+
+def from_native(tensors: convert.Tensors, cfg: vqgan.VqganConfig, shardings=None) -> dict[str, Any]:
+    """Our own paths, as `weights.export` writes them."""
+    return convert.convert(tensors, convert.NATIVE_RULES, abstract_params(cfg), (), shardings)
+
+
+def to_hf(params: Mapping[str, Any], cfg: vqgan.VqganConfig) -> dict[str, Callable]:
+    """Our parameters -> upstream name -> function returning the array."""
+    del cfg  # the tree says it all; kept so that every system's function looks alike
+    return convert.revert(params, HF_RULES)
+
+
+def layout_of(tensors: convert.Tensors) -> str:
+    """One of "hf", "native"; ValueError when the names tell nothing."""
+    for sign, layout in (("quantize.embedding.weight", "hf"), ("quantize/embedding", "native")):
+        if sign in tensors:
+            return layout
+    raise ValueError(
+        f"{getattr(tensors, 'source', 'checkpoint')}: not a VQGAN checkpoint: no "
+        f"quantize.embedding.weight among its tensors {sorted(tensors)[:5]} ..."
+    )
+
+
+def load(
+    path: str | os.PathLike, cfg: vqgan.VqganConfig | None = None, shardings=None
+) -> tuple[vqgan.VqganConfig, dict[str, Any]]:
+    """Reads a folder or file; without `cfg`, a config.json beside the weights is needed.
+
+    Returns:
+      (config, parameters).
+    """
+    tensors = readers.read(path)
+    read = {"hf": from_hf, "native": from_native}[layout_of(tensors)]
+    cfg = cfg or config_of(tensors, path)
+    return cfg, read(tensors, cfg, shardings)
+
+
+def config_of(tensors: convert.Tensors, path: str | os.PathLike) -> vqgan.VqganConfig:
+    """The config.json beside the weights."""
+    del tensors  # the shapes do not tell at which sides attention is applied
+    file = readers.folder_of(path) / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} not found; put it there or name a preset: "
+                                f"{', '.join(vqgan.PRESETS)}")  # fmt: skip
+    try:
+        fields = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    if "system" in fields:  # written by weights.export in the native format
+        return vqgan.VqganConfig(**fields["model"])
+    return config_from_hf(fields)
+
+
+_FIELDS = {  # upstream key -> our field, where both mean the same
+    "resolution": "resolution",
+    "num_channels": "num_channels",
+    "hidden_channels": "hidden_channels",
+    "channel_mult": "channel_mult",
+    "num_res_blocks": "num_res_blocks",
+    "attn_resolutions": "attn_resolutions",
+    "z_channels": "z_channels",
+    "num_embeddings": "num_embeddings",
+    "quantized_embed_dim": "quantized_width",
+    "commitment_cost": "commitment_cost",
+}
+
+
+def config_from_hf(fields: Mapping[str, Any]) -> vqgan.VqganConfig:
+    """Upstream config.json -> our config. Every size must be there: upstream's defaults differ."""
+    needed = (set(_FIELDS) - {"commitment_cost"}) | {"no_attn_mid_block"}
+    if absent := sorted(needed - set(fields)):
+        raise ValueError(f"config.json: {absent} missing; not a VQGAN config")
+    if not fields.get("resample_with_conv", True):
+        raise ValueError("config.json: resample_with_conv=false is not supported; only true is")
+    sizes = {ours: fields[theirs] for theirs, ours in _FIELDS.items() if theirs in fields}
+    # Not upstream's key: there the groups are always 32.
+    groups = fields.get("norm_groups", 32)
+    return vqgan.VqganConfig(
+        **sizes, mid_attn=not fields["no_attn_mid_block"], norm_groups=groups
+    )
+
+
+def config_to_hf(cfg: vqgan.VqganConfig) -> dict[str, Any]:
+    """The config.json of the released tokenizer's form."""
+    fields = {theirs: getattr(cfg, ours) for theirs, ours in _FIELDS.items()}
+    fields |= dict(no_attn_mid_block=not cfg.mid_attn, resample_with_conv=True, dropout=0.0)
+    return fields | ({} if cfg.norm_groups == 32 else dict(norm_groups=cfg.norm_groups))
