@@ -1,0 +1,115 @@
+"""Generation: one prefill, then one `while_loop` that holds every further token.
+
+    prompt ─ step ─┬─ repeat for n samples ─ sample ─ step ─ sample ─ ... ─ sample ─ tokens
+    (fresh cache)  └─ cache ────────────────────────── cache ──────────────┘
+
+Works on any `step(tokens_bt, cache, valid_bt=, fresh=) -> (logits_bv, cache)`, and on any cache
+with a method `rows(index_r)` that selects rows; see `models.llama`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.decoding import sampling
+
+
+def generate(
+    step: Callable[..., Any],
+    cache: Any,
+    prompt_bt: jax.Array,
+    num_new: int,
+    rng: jax.Array,
+    *,
+    sampler: sampling.Sampler = sampling.GREEDY,
+    valid_bt: jax.Array | None = None,
+    num_samples: int = 1,
+    stop_ids: tuple[int, ...] = (),
+    pad_id: int = 0,
+) -> jax.Array:
+    """Continues every prompt `num_samples` times. Traceable; `compile` wraps it in a jit.
+
+    Args:
+      step: the network over the parameters of this trace.
+      cache: empty, with B rows and T + num_new - 1 slots or more.
+      prompt_bt: int32. Shorter prompts are padded on the left, and valid_bt says where.
+      num_new: tokens to generate, at least 1; static.
+      rng: key; equal keys give equal tokens.
+      sampler: static.
+      valid_bt: bool, True for real prompt tokens; None is all.
+      num_samples: continuations per prompt. They share one prefill.
+      stop_ids: a row that draws one of these (it is kept) is filled up with pad_id, and the loop
+        ends when all rows have.
+      pad_id: see stop_ids.
+
+    Returns:
+      int32 tokens[B, num_samples, num_new].
+
+    Raises:
+      ValueError: num_new or num_samples below 1.
+    """
+    if num_new < 1 or num_samples < 1:
+        raise ValueError(f"num_new {num_new} and num_samples {num_samples} must be at least 1")
+    b = prompt_bt.shape[0]
+    logits_bv, cache = step(prompt_bt, cache, valid_bt=valid_bt, fresh=True)
+    if num_samples > 1:
+        index_r = jnp.repeat(jnp.arange(b), num_samples)
+        logits_bv, cache = logits_bv[index_r], cache.rows(index_r)
+    rows = b * num_samples
+
+    def pick(i, logits_rv, done_r):
+        token_r = sampler(jax.random.fold_in(rng, i), logits_rv)
+        token_r = jnp.where(done_r, pad_id, token_r)
+        for stop in stop_ids:
+            done_r |= token_r == stop
+        return token_r, done_r
+
+    # The first token comes from the prefill, so the loop runs the network num_new - 1 times.
+    token_r, done_r = pick(0, logits_bv, jnp.zeros(rows, bool))
+    tokens_rt = jnp.full((rows, num_new), pad_id, jnp.int32).at[:, 0].set(token_r)
+
+    def unfinished(state):
+        i, _, done_r, _, _ = state
+        return (i < num_new) & ~done_r.all()
+
+    def extend(state):
+        i, token_r, done_r, tokens_rt, cache = state
+        logits_rv, cache = step(token_r[:, None], cache)
+        token_r, done_r = pick(i, logits_rv, done_r)
+        tokens_rt = jax.lax.dynamic_update_slice(tokens_rt, token_r[:, None], (0, i))
+        return i + 1, token_r, done_r, tokens_rt, cache
+
+    state = (jnp.int32(1), token_r, done_r, tokens_rt, cache)
+    tokens_rt = jax.lax.while_loop(unfinished, extend, state)[3]
+    return tokens_rt.reshape(b, num_samples, num_new)
+
+
+def compile(
+    bind: Callable[[Any], Any],
+    make_cache: Callable[[int, int], Any],
+    num_new: int,
+    **options: Any,
+) -> Callable[..., jax.Array]:
+    """`generate` as one jitted function of (params, prompt_bt, rng, valid_bt=None).
+
+    Args:
+      bind: params -> network with a method `step`.
+      make_cache: (rows, slots) -> empty cache.
+      num_new: as in `generate`, like `options`.
+
+    Returns:
+      The function. Every prompt shape compiles once.
+    """
+
+    @jax.jit
+    def run(params, prompt_bt, rng, valid_bt=None):
+        b, t = prompt_bt.shape
+        cache = make_cache(b, t + num_new - 1)
+        step = bind(params).step
+        return generate(step, cache, prompt_bt, num_new, rng, valid_bt=valid_bt, **options)
+
+    return run
