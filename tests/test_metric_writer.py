@@ -1,0 +1,196 @@
+"""metrics.jsonl, event files, the progress bar, curves.png, device peaks."""
+
+import io
+import json
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax import curves, hardware, metric_writer, progress, provenance
+
+
+def _lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_line_per_write_is_on_disk_at_once(tmp_path):
+    writer = metric_writer.MetricWriter(tmp_path, tensorboard=False)
+    writer.write(1, {"train/loss": 0.1, "n": 3})
+    assert _lines(tmp_path) == [{"step": 1, "train/loss": 0.1, "n": 3}]
+    writer.write(2, {"train/loss": np.float32(0.1)})
+    assert _lines(tmp_path)[1] == {"step": 2, "train/loss": float(np.float32(0.1))}
+    writer.close()
+    writer.close()
+
+
+def test_resuming_cuts_what_came_after_and_a_half_line(tmp_path):
+    with metric_writer.MetricWriter(tmp_path, tensorboard=False) as writer:
+        for step in (1, 2, 3, 4):
+            writer.write(step, {"loss": 1 / step})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    with metric_writer.MetricWriter(tmp_path, start_step=2, tensorboard=False) as writer:
+        writer.write(3, {"loss": 1 / 3})
+    assert _lines(tmp_path) == [{"step": s, "loss": 1 / s} for s in (1, 2, 3)]
+
+
+def test_not_a_number_is_null_so_that_every_line_is_json(tmp_path):
+    with metric_writer.MetricWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, {"a": float("nan"), "b": float("inf"), "c": 1.0})
+    assert _lines(tmp_path) == [{"step": 1, "a": None, "b": None, "c": 1.0}]
+
+
+def test_device_arrays_are_refused(tmp_path):
+    with metric_writer.MetricWriter(tmp_path, tensorboard=False) as writer:
+        with pytest.raises(TypeError, match="'train/loss'.*device_get"):
+            writer.write(1, {"train/loss": jnp.ones(())})
+    assert _lines(tmp_path) == []
+
+
+def test_only_process_0_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(metric_writer.jax, "process_index", lambda: 1)
+    with metric_writer.MetricWriter(tmp_path / "run") as writer:
+        writer.write(1, {"loss": 1.0})
+    assert not (tmp_path / "run").exists()
+
+
+def test_event_files(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with metric_writer.MetricWriter(tmp_path) as writer:
+        writer.write(1, {"train/loss": 2.5})
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert b"train/loss" in file.read_bytes()
+
+
+def test_wandb_missing_is_said_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="wandb='paintings'.*not installed"):
+        metric_writer.MetricWriter(tmp_path, wandb="paintings")
+
+
+def test_wandb_continues_the_same_page(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        id = "abc"
+
+        def log(self, values, step):
+            calls.append((values, step))
+
+        def finish(self):
+            calls.append("finished")
+
+    def init(**fields):
+        calls.append(fields)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for start in (0, 1):
+        writer = metric_writer.MetricWriter(tmp_path, start, tensorboard=False, wandb="p")
+        writer.write(start + 1, {"loss": 1.0})
+        writer.close()
+    assert [c["id"] for c in calls if isinstance(c, dict) and "id" in c] == [None, "abc"]
+    assert ({"loss": 1.0}, 2) in calls and calls[-1] == "finished"
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_bar_on_a_terminal():
+    stream = _Terminal()
+    bar = progress.Progress(0, 100, units=("tokens", 1000.0), stream=stream)
+    bar.update(50, 1.5, {"speed/steps_per_s": 2.0, "speed/mfu": 0.4})
+    drawn = stream.getvalue()
+    assert drawn.startswith("\r") and "\n" not in drawn
+    for part in ("[##########..........]", "step 50/100", "loss 1.5", "2 steps/s", "2k tokens/s"):
+        assert part in drawn
+    bar.close()
+    bar.close()
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_line_shows_mfu_and_eta():
+    bar = progress.Progress(0, 4000, units=("images", 10.0), stream=io.StringIO())
+    line = bar._line(400, 2.0, {"speed/steps_per_s": 0.5, "speed/mfu": 0.417})
+    assert line.endswith("0.5 steps/s  5 images/s  MFU 41.7%  ETA 2:00:00")
+
+
+def test_elsewhere_plain_lines_now_and_then(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    bar = progress.Progress(0, 10, stream=stream)
+    for step, at_s in ((1, 1), (2, 2), (3, 12), (4, 13), (10, 14)):
+        now[0] = float(at_s)
+        bar.update(step, 1.0, {})
+    bar.close()
+    shown = [line.split()[1] for line in stream.getvalue().splitlines()]
+    assert shown == ["1/10", "3/10", "10/10"] and "\r" not in stream.getvalue()
+
+
+def test_speed_leaves_out_the_time_of_evaluations(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    bar = progress.Progress(
+        20, 100, units=("rows", 8.0), flops_per_step=3e9, peak_flops=6e9, stream=io.StringIO()
+    )
+    now[0] = 105.0
+    bar.pause()
+    now[0] = 1000.0
+    bar.resume()
+    now[0] = 1005.0
+    assert bar.speed(30) == {
+        "speed/steps_per_s": 1.0,
+        "speed/rows_per_s": 8.0,
+        "speed/mfu": 0.5,
+    }
+    assert bar.speed(30) == {}
+
+
+@pytest.mark.parametrize("matplotlib", [True, False])
+def test_curves(tmp_path, monkeypatch, matplotlib):
+    image = pytest.importorskip("PIL.Image")
+    if matplotlib:
+        pytest.importorskip("matplotlib")
+    else:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        monkeypatch.setitem(sys.modules, "matplotlib.backends", None)
+    assert curves.draw(tmp_path) is None
+    with metric_writer.MetricWriter(tmp_path, tensorboard=False) as writer:
+        for step in range(1, 20):
+            writer.write(step, {"speed/steps_per_s": 1.0, "train/loss": 5 / step})
+        writer.write(19, {"held_out/loss": 2.0})
+        writer.write(19, {"broken": float("nan")})
+    names = list(curves.collect(tmp_path))
+    assert names == ["train/loss", "held_out/loss", "speed/steps_per_s"]
+    path = curves.draw(tmp_path)
+    with image.open(path) as picture:
+        assert picture.width > 3 * picture.height > 600
+        # The line of the first panel is there, in its colour.
+        pixels = np.asarray(picture.convert("RGB"))[:, : picture.width // 3]
+    assert (pixels == (0x1F, 0x77, 0xB4)).all(-1).sum() > 50
+
+
+def test_peaks():
+    def device(kind):
+        return types.SimpleNamespace(device_kind=kind)
+
+    assert hardware.peak_flops(device("NVIDIA H200")) == 989e12
+    assert hardware.peak_flops(device("NVIDIA H100 80GB HBM3")) == 989e12
+    assert hardware.memory_bandwidth(device("NVIDIA H200 NVL")) == 4800e9
+    assert hardware.peak_flops(device("TPU v5 lite")) == 197e12
+    assert hardware.peak_flops(device("TPU v4")) == 275e12
+    assert hardware.peak_flops(device("cpu")) is None
+    assert hardware.peak_flops(device("NVIDIA L40")) is None
+    assert hardware.memory_bandwidth(device("NVIDIA T4")) is None
+
+
+def test_provenance_names_versions_and_is_json():
+    found = json.loads(json.dumps(provenance.collect()))
+    assert found["versions"]["jax"].count(".") >= 2 and "python" in found["versions"]
+    assert found["git"] == "" or len(found["git"].removesuffix("+changes")) == 40

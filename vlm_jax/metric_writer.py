@@ -1,0 +1,153 @@
+"""Scalars of a run: metrics.jsonl always, TensorBoard and Weights & Biases when they are there.
+
+metrics.jsonl has one JSON object per line, {"step": 10, "train/loss": 5.1, ...}, flushed at once.
+A run that resumes at step s cuts the lines after s first, so no step is told twice and the file
+reads as if the run had never stopped. Only process 0 writes.
+"""
+
+import json
+import math
+import numbers
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping
+
+import jax
+
+FILE = "metrics.jsonl"
+
+
+class MetricWriter:
+    """Writes scalars of one run.
+
+    Args:
+      workdir: folder of the run; created when missing.
+      start_step: updates already made; later lines of an interrupted run are dropped.
+      tensorboard: write event files under `<workdir>/tensorboard`, when tensorboardX is installed.
+      wandb: project name for Weights & Biases; "" is off.
+
+    Raises:
+      ValueError: `wandb` is asked for and not installed.
+    """
+
+    def __init__(self, workdir, start_step: int = 0, tensorboard: bool = True, wandb: str = ""):
+        self._file = self._events = self._wandb = None
+        if jax.process_index() != 0:
+            return
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        if wandb:
+            self._wandb = _start_wandb(workdir, wandb)
+        _cut(workdir / FILE, start_step)
+        self._file = open(workdir / FILE, "a", encoding="utf-8")
+        if tensorboard:
+            self._events = _start_tensorboard(workdir / "tensorboard", start_step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one line.
+
+        Args:
+          step: number of updates made.
+          values: numbers on the host. NaN and infinities become null, which JSON has a word for.
+
+        Raises:
+          TypeError: a value is not a host number; fetching a device array here would stall it.
+        """
+        for name, value in values.items():
+            if not isinstance(value, numbers.Real):
+                raise TypeError(
+                    f"metric {name!r} is a {type(value).__name__}, not a number: use "
+                    "jax.device_get and float first"
+                )
+        if self._file is None:
+            return
+        scalars = {name: _plain(value) for name, value in values.items()}
+        finite = {
+            name: value if value is None or math.isfinite(value) else None
+            for name, value in scalars.items()
+        }
+        self._file.write(json.dumps({"step": int(step), **finite}) + "\n")
+        self._file.flush()
+        if self._events:
+            for name, value in scalars.items():
+                self._events.add_scalar(name, value, int(step))
+            self._events.flush()
+        if self._wandb:
+            self._wandb.log(scalars, step=int(step))
+
+    def close(self) -> None:
+        """Closes the files. May be called twice."""
+        if self._file:
+            self._file.close()
+        if self._events:
+            self._events.close()
+        if self._wandb:
+            self._wandb.finish()
+        self._file = self._events = self._wandb = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def read(workdir) -> Iterator[dict]:
+    """The lines of a run's metrics.jsonl; a last line that was cut off is left out."""
+    path = pathlib.Path(workdir) / FILE
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                yield entry
+
+
+def _cut(path: pathlib.Path, last_step: int) -> None:
+    """Keeps the whole lines up to `last_step`."""
+    if not path.exists():
+        return
+    temporary = path.with_suffix(".jsonl.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for entry in read(path.parent):
+            if entry["step"] <= last_step:
+                file.write(json.dumps(entry) + "\n")
+    os.replace(temporary, path)
+
+
+def _plain(value):
+    # numpy scalars are not JSON; bool and int stay what they are.
+    return value if isinstance(value, (bool, int)) else float(value)
+
+
+def _start_tensorboard(folder: pathlib.Path, start_step: int):
+    try:
+        import tensorboardX
+    except ImportError:
+        print("metrics: no TensorBoard files, tensorboardX is not installed", file=sys.stderr)
+        return None
+    # purge_step hides what an interrupted run wrote after the step that is resumed from.
+    return tensorboardX.SummaryWriter(
+        logdir=str(folder), purge_step=start_step + 1 if start_step else None
+    )
+
+
+def _start_wandb(workdir: pathlib.Path, project: str):
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            f"train.wandb={project!r} is asked for, but wandb is not installed: install it, or "
+            "set train.wandb=''"
+        ) from None
+    # The id stays with the workdir, so that a resumed run continues its own page.
+    note = workdir / "wandb_id.txt"
+    run_id = note.read_text().strip() if note.exists() else None
+    run = wandb.init(project=project, dir=str(workdir), id=run_id, resume="allow")
+    note.write_text(run.id)
+    return run
