@@ -95,7 +95,9 @@ class _Target:
 
     @property
     def their_shape(self) -> tuple[int, ...]:
-        return jax.eval_shape(self.rule.save, jax.ShapeDtypeStruct(self.item_shape, self.dtype)).shape
+        return jax.eval_shape(
+            self.rule.save, jax.ShapeDtypeStruct(self.item_shape, self.dtype)
+        ).shape
 
 
 def _targets(abstract: Mapping[str, Any], rules: Iterable[Rule]) -> list[_Target]:
@@ -168,9 +170,7 @@ def convert(
                 continue
             x = tensors[name]
             if x.shape != their_shape:
-                errors.append(
-                    f"{name}: has shape {x.shape}, but {target.path} needs {their_shape}"
-                )
+                errors.append(f"{name}: has shape {x.shape}, but {target.path} needs {their_shape}")
             elif not errors:
                 array[layer if target.stacked else ...] = target.rule.load(x, target.item_shape)
         if errors:
@@ -190,7 +190,9 @@ def revert(params: Mapping[str, Any], rules: Iterable[Rule]) -> dict[str, Callab
     def loader(target, layer):
         def load():
             x = arrays[target.path]
-            return np.ascontiguousarray(target.rule.save(np.asarray(x[layer] if target.stacked else x)))
+            return np.ascontiguousarray(
+                target.rule.save(np.asarray(x[layer] if target.stacked else x))
+            )
 
         return load
 

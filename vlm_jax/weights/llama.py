@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -134,6 +135,7 @@ GGUF_RULES = _table(
     out_last=(_transposed, _save_out_last),
 )
 
+PRESETS = llama.PRESETS
 HF_STEM = "model"  # of the file names that transformers looks for
 _RULES = {"hf": HF_RULES, "easylm": EASYLM_RULES, "gguf": GGUF_RULES}
 
@@ -149,41 +151,42 @@ def abstract_params(cfg: llama.LlamaConfig) -> Mapping[str, Any]:
 
 def from_hf(tensors: convert.Tensors, cfg: llama.LlamaConfig, shardings=None) -> dict[str, Any]:
     """`LlamaForCausalLM` tensors -> our parameters; see `convert.convert` for the errors."""
-    return convert.convert(tensors, HF_RULES, abstract_params(cfg), _hf_ignore(cfg), shardings)
-
-
-def _hf_ignore(cfg: llama.LlamaConfig) -> tuple[str, ...]:
-    # Some writers store the tied head a second time.
-    return (_INV_FREQ, r"lm_head\.weight") if cfg.tie_embeddings else (_INV_FREQ,)
+    return _convert(tensors, HF_RULES, cfg, shardings)
 
 
 def from_easylm(tensors: convert.Tensors, cfg: llama.LlamaConfig, shardings=None) -> dict[str, Any]:
     """EasyLM tensors, of any of the four kinds, -> our parameters."""
-    tensors, ignore = _below_params(tensors)
-    return convert.convert(tensors, EASYLM_RULES, abstract_params(cfg), ignore, shardings)
+    return _convert(_below_params(tensors), EASYLM_RULES, cfg, shardings)
 
 
-def _below_params(tensors: convert.Tensors) -> tuple[convert.Tensors, tuple[str, ...]]:
+def _below_params(tensors: convert.Tensors) -> convert.Tensors:
     """Drops `params/params/` (training state) or `params/` (variables) in front of every name."""
     for prefix in ("params/params/", "params/"):
         if any(name.startswith(prefix) for name in tensors):
-            break
-    else:
-        return tensors, ()
-    below = tensors.renamed(lambda name: name.removeprefix(prefix))
-    return below, (r"step", r"opt_state/.*")
+            return tensors.renamed(operator.methodcaller("removeprefix", prefix))
+    return tensors
 
 
 def from_gguf(tensors: convert.Tensors, cfg: llama.LlamaConfig, shardings=None) -> dict[str, Any]:
     """llama.cpp tensors -> our parameters."""
-    return convert.convert(tensors, GGUF_RULES, abstract_params(cfg), (), shardings)
+    return _convert(tensors, GGUF_RULES, cfg, shardings)
 
 
 def from_native(tensors: convert.Tensors, cfg: llama.LlamaConfig, shardings=None) -> dict[str, Any]:
     """Our own paths, as `weights.export` writes them."""
-    return convert.convert(
-        tensors, convert.NATIVE_RULES, abstract_params(cfg), (), shardings
-    )
+    return _convert(tensors, convert.NATIVE_RULES, cfg, shardings)
+
+
+def _convert(tensors, rules, cfg, shardings) -> dict[str, Any]:
+    return convert.convert(tensors, rules, abstract_params(cfg), ignorable(cfg), shardings)
+
+
+def ignorable(cfg: llama.LlamaConfig) -> tuple[str, ...]:
+    """Patterns of the tensors that may be there and are not used."""
+    optimizer = (r"step", r"opt_state/.*")  # of an EasyLM training state
+    # Some writers store the tied head a second time.
+    tied = (r"lm_head\.weight",) if cfg.tie_embeddings else ()
+    return (_INV_FREQ, *optimizer, *tied)
 
 
 def to_hf(params: Mapping[str, Any], cfg: llama.LlamaConfig) -> dict[str, Callable]:
@@ -204,17 +207,20 @@ _LAYOUTS = {  # a name that only this layout has, wherever it stands -> how to r
 
 def layout_of(tensors: convert.Tensors) -> str:
     """One of "hf", "easylm", "gguf", "native"; ValueError when the names tell nothing."""
-    return _layout(tensors)[0]
-
-
-def _layout(tensors: convert.Tensors) -> tuple[str, Callable]:
-    for sign, layout in _LAYOUTS.items():
+    for sign, (layout, _) in _LAYOUTS.items():
         if any(name == sign or name.endswith("/" + sign) for name in tensors):
             return layout
     raise ValueError(
         f"{getattr(tensors, 'source', 'checkpoint')}: not a LLaMA checkpoint: none of "
         f"{list(_LAYOUTS)} among its tensors {sorted(tensors)[:5]} ..."
     )
+
+
+def from_tensors(tensors: convert.Tensors, cfg: llama.LlamaConfig, shardings=None):
+    """Tensors in any of the four layouts -> our parameters."""
+    layout = layout_of(tensors)
+    read = next(read for name, read in _LAYOUTS.values() if name == layout)
+    return read(tensors, cfg, shardings)
 
 
 def load(
@@ -233,7 +239,7 @@ def load(
     """
     tensors = readers.read(path)
     cfg = dataclasses.replace(cfg or config_of(tensors, path), **overrides)
-    return cfg, _layout(tensors)[1](tensors, cfg, shardings)
+    return cfg, from_tensors(tensors, cfg, shardings)
 
 
 def load_gguf(path: str | os.PathLike, **overrides) -> tuple[llama.LlamaConfig, dict[str, Any]]:
@@ -360,7 +366,7 @@ def config_from_shapes(tensors: convert.Tensors, num_heads: int = 0) -> llama.Ll
     if layout not in _RULES:
         raise ValueError(f"{tensors.source}: the {layout} layout needs its config.json")
     if layout == "easylm":
-        tensors, _ = _below_params(tensors)
+        tensors = _below_params(tensors)
     theirs = {rule.ours: rule.theirs for rule in _RULES[layout]}
     norms = re.escape(theirs["layers/attn_norm/scale"]).replace(r"\{layer\}", r"\d+")
     depth = sum(re.fullmatch(norms, name) is not None for name in tensors)

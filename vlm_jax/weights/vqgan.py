@@ -24,6 +24,7 @@ def _bias(match) -> str:
     return match[1].replace("/", ".") + ".bias"
 
 
+PRESETS = vqgan.PRESETS
 HF_STEM = "pytorch_model"  # upstream's loader asks for pytorch_model.safetensors
 HF_RULES = (
     convert.Rule(r"quantize/embedding", "quantize.embedding.weight"),
@@ -70,6 +71,18 @@ def layout_of(tensors: convert.Tensors) -> str:
     )
 
 
+def from_tensors(tensors: convert.Tensors, cfg: vqgan.VqganConfig, shardings=None):
+    """Tensors in either layout -> our parameters."""
+    read = {"hf": from_hf, "native": from_native}[layout_of(tensors)]
+    return read(tensors, cfg, shardings)
+
+
+def ignorable(cfg: vqgan.VqganConfig) -> tuple[str, ...]:
+    """Patterns of the tensors that may be there and are not used: none."""
+    del cfg
+    return ()
+
+
 def load(
     path: str | os.PathLike, cfg: vqgan.VqganConfig | None = None, shardings=None
 ) -> tuple[vqgan.VqganConfig, dict[str, Any]]:
@@ -79,9 +92,8 @@ def load(
       (config, parameters).
     """
     tensors = readers.read(path)
-    read = {"hf": from_hf, "native": from_native}[layout_of(tensors)]
     cfg = cfg or config_of(tensors, path)
-    return cfg, read(tensors, cfg, shardings)
+    return cfg, from_tensors(tensors, cfg, shardings)
 
 
 def config_of(tensors: convert.Tensors, path: str | os.PathLike) -> vqgan.VqganConfig:
@@ -124,9 +136,7 @@ def config_from_hf(fields: Mapping[str, Any]) -> vqgan.VqganConfig:
     sizes = {ours: fields[theirs] for theirs, ours in _FIELDS.items() if theirs in fields}
     # Not upstream's key: there the groups are always 32.
     groups = fields.get("norm_groups", 32)
-    return vqgan.VqganConfig(
-        **sizes, mid_attn=not fields["no_attn_mid_block"], norm_groups=groups
-    )
+    return vqgan.VqganConfig(**sizes, mid_attn=not fields["no_attn_mid_block"], norm_groups=groups)
 
 
 def config_to_hf(cfg: vqgan.VqganConfig) -> dict[str, Any]:

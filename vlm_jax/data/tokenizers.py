@@ -1,0 +1,50 @@
+"""Text tokenizers; the `tokenizers` package is imported only when one is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_CONTROL = 3  # ggml token type of special tokens
+
+
+def from_gguf(metadata: Mapping[str, Any]):
+    """The byte-level BPE tokenizer inside a GGUF file.
+
+    Args:
+      metadata: of the file, `weights.readers.read(path).metadata`.
+
+    Returns:
+      `tokenizers.Tokenizer`. It adds no begin or end token of its own.
+
+    Raises:
+      ValueError: another kind of tokenizer, or one whose word splitting is not known here.
+      ImportError: the `tokenizers` package is missing.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    splitting = metadata.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or splitting != "smollm":
+        raise ValueError(
+            f"tokenizer {kind!r} with word splitting {splitting!r} is not supported; byte-level "
+            "BPE ('gpt2') with the splitting of 'smollm' is"
+        )
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    names = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(pair.split(" ", 1)) for pair in metadata["tokenizer.ggml.merges"]]
+    vocab = {name: token_id for token_id, name in enumerate(names)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    types = metadata["tokenizer.ggml.token_type"]
+    tokenizer.add_special_tokens(
+        [
+            tokenizers.AddedToken(name, special=True, normalized=False)
+            for name, token_type in zip(names, types)
+            if token_type == _CONTROL
+        ]
+    )
+    return tokenizer
