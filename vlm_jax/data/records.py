@@ -46,3 +46,23 @@ def require(module: str, extra: str = "data") -> types.ModuleType:
         raise MissingExtraError(
             f'{module!r} is not installed; it comes with: pip install "vlm_jax[{extra}]"'
         ) from error
+
+
+def pack(record: Record) -> bytes:
+    """The record as msgpack; arrays must have been turned into bytes."""
+    return require("msgpack").packb(record, use_bin_type=True)
+
+
+def unpack(content: bytes) -> Record:
+    """The record of `pack`.
+
+    Raises:
+      BadRecordError: the bytes are not a msgpack map.
+    """
+    try:
+        record = require("msgpack").unpackb(content, raw=False)
+    except (ValueError, TypeError) as error:  # msgpack's errors are ValueErrors
+        raise BadRecordError(f"not a msgpack record: {error}") from error
+    if not isinstance(record, dict):
+        raise BadRecordError(f"a msgpack {type(record).__name__} where a map was expected")
+    return record

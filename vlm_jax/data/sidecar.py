@@ -1,0 +1,54 @@
+"""Arrays derived from data files (line offsets, token counts), computed once and kept.
+
+They live in the cache directory, under a digest of what they were derived from, so a changed file
+or setting is simply another entry. Written with a temporary name: safe for many processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.data import wheels
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def fingerprint(paths: Sequence[pathlib.Path]) -> list[Any]:
+    """Path, size and time of change of every file."""
+    result = []
+    for path in paths:
+        status = path.stat()
+        result.append([str(path.absolute()), status.st_size, status.st_mtime_ns])
+    return result
+
+
+def load(kind: str, key: Any, build: Callable[[], Arrays]) -> dict[str, np.ndarray]:
+    """The arrays kept for (kind, key), or those that `build` computes now.
+
+    Args:
+      kind: file name prefix, for example "jsonl".
+      key: JSON-like; everything that the arrays depend on.
+      build: computes them.
+    """
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    folder = wheels.cache_dir() / "index"
+    path = folder / f"{kind}-{digest}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            return dict(kept)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        arrays = dict(build())
+    folder.mkdir(exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as temporary:
+        np.savez(temporary, **arrays)
+    os.replace(temporary.name, path)
+    return arrays
