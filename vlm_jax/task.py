@@ -6,9 +6,10 @@ A system is a module with
     make_task(model, **fields) -> Task             the accelerator's side
     make_formatter(**fields) -> Formatter          the host's side; picklable
     load_upstream(path, task) -> Params            released weights as (part of) our parameters
-    prepare(config, workdir) -> None               optional: write input that a recipe makes itself
-    load_model(checkpoint, **fields)               optional: what `vlm_jax.load` returns
-    add_arguments(parser) / predict(model, args)   optional: `python -m vlm_jax.predict NAME`
+    prepare(workdir, **fields) -> None             optional: write input that a recipe makes itself
+    from_run(task, formatter, params, **fields)    what `vlm_jax.load` makes of a run of ours,
+    from_upstream(checkpoint, **fields)            and of released weights
+    command_line                                   optional: module behind `vlm_jax.predict NAME`
 
 `resolve("lvm", "systems")` is `vlm_jax.systems.lvm`; a dotted name is imported as it stands, so
 a paper may live outside this repository. Datasets and evaluators resolve by the same rule.
@@ -80,10 +81,14 @@ def resolve(name: str, kind: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not (full == error.name or full.startswith(error.name + ".")):
             raise  # the module exists; something that it needs does not
-        package = importlib.import_module(f"vlm_jax.{kind}")
-        known = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-        near = difflib.get_close_matches(name, known, 1)
+        near = difflib.get_close_matches(name, known(kind), 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"there is no {kind[:-1]} called {name!r}; {hint}known: {', '.join(known)}"
+            f"there is no {kind[:-1]} called {name!r}; {hint}known: {', '.join(known(kind))}"
         ) from None
+
+
+def known(kind: str) -> list[str]:
+    """Names of the modules of this kind, for example of all systems."""
+    package = importlib.import_module(f"vlm_jax.{kind}")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))

@@ -1,0 +1,21 @@
+"""LVM: visual sentences as token sequences (arXiv 2312.00785). See README.md in this folder.
+
+images ── VQGAN ── ids ── visual sentences ── LLaMA ── ids ── VQGAN ── images
+"""
+
+from vlm_jax.systems.lvm.demo import prepare
+from vlm_jax.systems.lvm.format import make_formatter
+from vlm_jax.systems.lvm.model import Lvm, from_run, from_upstream
+from vlm_jax.systems.lvm.task import LvmTask
+from vlm_jax.systems.lvm.upstream import load_upstream, make_task
+
+__all__ = [
+    "Lvm",
+    "LvmTask",
+    "from_run",
+    "from_upstream",
+    "load_upstream",
+    "make_formatter",
+    "make_task",
+    "prepare",
+]

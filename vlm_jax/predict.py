@@ -1,0 +1,47 @@
+"""Inference from the command line; writes pictures.
+
+python -m vlm_jax.predict lvm --checkpoint=RUN --continue a.png b.png --n=2 --out=pictures
+python -m vlm_jax.predict lvm --checkpoint=RUN --pair a.png a2.png --query=b.png --out=pictures
+python -m vlm_jax.predict SYSTEM --help
+"""
+
+import argparse
+import sys
+
+
+def main(argv=None):
+    """Parses the system's own arguments, loads it, lets it write its answer."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0].startswith("-"):
+        print(__doc__)
+        sys.exit(0 if argv in (["-h"], ["--help"]) else 2)
+
+    from vlm_jax import task as task_lib
+
+    try:
+        commands = task_lib.resolve(f"vlm_jax.systems.{argv[0]}.command_line", "systems")
+    except ValueError:
+        known = task_lib.known("systems")
+        print(f"error: no system {argv[0]!r}; known: {', '.join(known)}", file=sys.stderr)
+        sys.exit(2)
+    parser = argparse.ArgumentParser(
+        prog=f"vlm_jax.predict {argv[0]}",
+        description=commands.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, help="work directory or released weights")
+    parser.add_argument("--out", default="predictions", help="folder for the pictures")
+    commands.add_arguments(parser)
+    args = parser.parse_args(argv[1:])
+
+    from vlm_jax import run
+
+    try:
+        commands.predict(args)
+    except (*run.USER_ERRORS, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""LVM in a notebook: images in, images out.
+
+    model = vlm_jax.load("lvm", "path/to/run", tokenizer="tiny")
+    model.continue_(frames, n=2)                     # uint8[1, 2, H, W, 3]
+    model.analogy([(photo, mask), ...], query)       # uint8[1, 1, H, W, 3]
+    model.perplexity(context, target)                # float64[1]
+
+Every verb takes one prompt or a list of prompts; a list runs as one batch. Samplers default to
+those of the reference: temperature 1 and, through a default of the library that it uses, top-k 50.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.decoding import generate, sampling
+from vlm_jax.models import llama
+from vlm_jax.nn import functional
+from vlm_jax.ops import losses
+from vlm_jax.systems.lvm import tokenizer as tokenizer_lib
+
+REFERENCE_TOP_K = 50  # upstream: inference.py leaves top_k unset, and generate() then takes 50
+MAX_ROWS = 32  # sequences per device call
+
+
+class Lvm:
+    """A language model over visual ids with its image tokenizer.
+
+    Args:
+      cfg, params: of the LLaMA, in the training layout.
+      tokenizer: an `ImageTokenizer`.
+      context_images: images that a sequence holds, prompt and answer together; 16 upstream.
+      lead_ids: ids in front of every prompt. The reference puts none there, although training
+        had BOS; runs of our own continue as they were trained.
+    """
+
+    def __init__(
+        self,
+        cfg: llama.LlamaConfig,
+        params: Any,
+        tokenizer: tokenizer_lib.ImageTokenizer,
+        *,
+        context_images: int = 16,
+        lead_ids: Sequence[int] = (),
+    ):
+        if context_images < 2:
+            raise ValueError(f"context_images={context_images}: a prompt and an answer need 2")
+        self.tokenizer = tokenizer
+        self.context_images = context_images
+        self.lead_ids = tuple(lead_ids)
+        self.params, self.cfg = llama.decode_form(params, cfg)
+        self._network = functional.Functional(lambda rngs: llama.Llama(self.cfg, rngs))
+        self._generators: dict[Any, Any] = {}
+
+    def continue_(
+        self,
+        frames: Any,
+        n: int = 1,
+        *,
+        candidates: int = 1,
+        temperature: float = 1.0,
+        top_k: int = REFERENCE_TOP_K,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Any:
+        """The n images that follow.
+
+        Args:
+          frames: images (uint8 of any size, or float in [0, 1]) of one prompt, or a list of such
+            lists. Prompts may differ in length.
+          n: new images.
+          candidates: independent continuations of every prompt.
+          temperature, top_k, top_p: see `decoding.sampling`; temperature 0 is greedy.
+          seed: equal seeds give equal images.
+
+        Returns:
+          uint8[candidates, n, side, side, 3], or a list of them for a list of prompts.
+
+        Raises:
+          ValueError: an empty prompt, images of the wrong form, n or candidates below 1.
+        """
+        prompts, single = _as_prompts(frames)
+        ids = self.continue_ids(
+            [self._ids(prompt) for prompt in prompts],
+            n,
+            candidates=candidates,
+            sampler=sampling.Sampler(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                suppress_from=self.tokenizer.cfg.num_embeddings,
+            ),
+            seed=seed,
+        )
+        side, size = self.tokenizer.side, self.tokenizer.cfg.tokens_per_image
+        made = self.tokenizer.decode_u8(ids.reshape(-1, size))
+        made = made.reshape(len(prompts), candidates, n, side, side, 3)
+        return made[0] if single else list(made)
+
+    def analogy(self, pairs: Any, query: Any, **options: Any) -> Any:
+        """The image that stands to `query` as the second of each pair stands to the first.
+
+        Args:
+          pairs: [(image, image), ...], or a list of such lists for a batch.
+          query: an image, or a list of as many images as there are prompts.
+          **options: of `continue_`.
+
+        Returns:
+          uint8[candidates, 1, side, side, 3], or a list of them.
+
+        Raises:
+          ValueError: as `continue_`; pairs that are not pairs; numbers that differ.
+        """
+        single = not _is_image_list(query)
+        batches, queries = ([pairs], [query]) if single else (pairs, query)
+        if len(batches) != len(queries):
+            raise ValueError(f"{len(batches)} lists of pairs for {len(queries)} queries")
+        prompts = []
+        for batch, last in zip(batches, queries):
+            if not batch or any(len(pair) != 2 for pair in batch):
+                raise ValueError("pairs must be a non-empty list of (image, image)")
+            prompts.append([image for pair in batch for image in pair] + [last])
+        made = self.continue_(prompts, 1, **options)
+        return made[0] if single else made
+
+    def perplexity(self, context: Any, target: Any) -> np.ndarray:
+        """exp of the mean negative log-likelihood of the target's ids, per prompt.
+
+        The reference protocol: no BOS, log-softmax over the whole vocabulary.
+
+        Args:
+          context, target: images of one prompt, or lists of such lists.
+
+        Returns:
+          float64[prompts]; the reference reports their arithmetic mean.
+        """
+        contexts, _ = _as_prompts(context)
+        targets, _ = _as_prompts(target)
+        if len(contexts) != len(targets):
+            raise ValueError(f"{len(contexts)} contexts for {len(targets)} targets")
+        return self.perplexity_ids(
+            [self._ids(prompt) for prompt in contexts], [self._ids(prompt) for prompt in targets]
+        )
+
+    # ---- the same on ids ---------------------------------------------------------------------
+
+    def continue_ids(
+        self,
+        prompts: Sequence[np.ndarray],
+        n: int,
+        *,
+        candidates: int = 1,
+        sampler: sampling.Sampler,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """int32[images, tokens_per_image] per prompt -> int32[prompts, candidates, n, size].
+
+        The reference's window: the prompt is cut to its last images so that one more fits; as
+        many new images as fit are made in one call, after that one per call over the last images
+        of prompt and answer, positions restarting at 0.
+        """
+        if n < 1 or candidates < 1:
+            raise ValueError(f"n={n} and candidates={candidates} must be at least 1")
+        size = self.tokenizer.cfg.tokens_per_image
+        keep = self.context_images - 1
+        lengths = {min(len(prompt), keep) for prompt in prompts}
+        if len(lengths) > 1:  # equal lengths batch without padding; order is restored
+            return self._by_length(prompts, n, candidates, sampler, seed, keep)
+        rows = [np.asarray(prompt)[-keep:] for prompt in prompts]
+        fits = min(n, self.context_images - len(rows[0]))
+        context = np.stack(rows)
+        made = self._generate(context, fits, candidates, sampler, seed, 0)
+        made = made.reshape(len(prompts) * candidates, fits, size)
+        context = np.repeat(context, candidates, axis=0)
+        for extra in range(1, n - fits + 1):
+            window = np.concatenate([context, made], axis=1)[:, -keep:]
+            new = self._generate(window, 1, 1, sampler, seed, extra)
+            made = np.concatenate([made, new.reshape(len(window), 1, size)], axis=1)
+        return made.reshape(len(prompts), candidates, n, size)
+
+    def perplexity_ids(
+        self, contexts: Sequence[np.ndarray], targets: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """`perplexity` on int32[images, tokens_per_image] arrays."""
+        result = []
+        for context, target in zip(contexts, targets):
+            ids = np.concatenate([context.reshape(-1), target.reshape(-1)])[None]
+            logp = self._score(self.params, jnp.asarray(ids, jnp.int32))
+            result.append(np.exp(-np.asarray(logp, np.float64)[0, -target.size :].mean()))
+        return np.array(result)
+
+    def _by_length(self, prompts, n, candidates, sampler, seed, keep):
+        groups: dict[int, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            groups.setdefault(min(len(prompt), keep), []).append(index)
+        size = self.tokenizer.cfg.tokens_per_image
+        result = np.zeros((len(prompts), candidates, n, size), np.int32)
+        for indices in groups.values():
+            result[indices] = self.continue_ids(
+                [prompts[i] for i in indices], n, candidates=candidates, sampler=sampler, seed=seed
+            )
+        return result
+
+    def _generate(self, context, num_images, candidates, sampler, seed, call):
+        """int32[rows, images, size] -> int32[rows, candidates, num_images * size]."""
+        rows, _, size = context.shape
+        lead = np.tile(np.array(self.lead_ids, np.int32), (rows, 1))
+        prompt = np.concatenate([lead, context.reshape(rows, -1)], axis=1).astype(np.int32)
+        key = (num_images, candidates, sampler)
+        if key not in self._generators:
+            self._generators[key] = generate.compile(
+                self._network.bind,
+                lambda batch, length: llama.make_cache(self.cfg, batch, length),
+                num_images * size,
+                sampler=sampler,
+                num_samples=candidates,
+            )
+        rng = jax.random.fold_in(jax.random.key(seed), call)
+        per_call = max(1, MAX_ROWS // candidates)
+        parts = []
+        for start in range(0, rows, per_call):
+            part = prompt[start : start + per_call]
+            # Powers of two, so that few shapes are compiled.
+            bucket = min(per_call, 1 << (len(part) - 1).bit_length())
+            filled = np.concatenate([part, np.repeat(part[-1:], bucket - len(part), axis=0)])
+            out = self._generators[key](self.params, filled, jax.random.fold_in(rng, start))
+            parts.append(np.asarray(out)[: len(part)])
+        return np.concatenate(parts)
+
+    @property
+    def _score(self):
+        if "score" not in self._generators:
+
+            def score(params, ids_bt):
+                logits_btv = self._network.bind(params)(ids_bt[:, :-1]).logits
+                return losses.token_logp(logits_btv, ids_bt[:, 1:])
+
+            self._generators["score"] = jax.jit(score)
+        return self._generators["score"]
+
+    def _ids(self, prompt: Sequence[np.ndarray]) -> np.ndarray:
+        return self.tokenizer.encode_u8([_as_u8(image) for image in prompt])
+
+
+def from_run(
+    task: Any,
+    formatter: Any,
+    params: Any,
+    *,
+    tokenizer: str = "",
+    context_images: int = 0,
+    dtype: str = "",
+) -> Lvm:
+    """An Lvm from a run of our own; `vlm_jax.load` calls it.
+
+    Args:
+      task, formatter: as the run was configured.
+      params: of its newest good checkpoint.
+      tokenizer: "tiny" or a folder; "" takes what the run was configured with.
+      context_images: images that a sequence holds; 0 takes what the run was trained with.
+      dtype: compute dtype; "" is bfloat16 on an accelerator, float32 on a CPU.
+
+    Raises:
+      ValueError: no tokenizer is known, or it does not fit the language model.
+    """
+    name = tokenizer or task.tokenizer
+    if not name:
+        raise ValueError("the run names no tokenizer; give tokenizer=FOLDER")
+    images = tokenizer_lib.ImageTokenizer.load(
+        name, codebook_size=task.codebook_size, tokens_per_image=task.tokens_per_image
+    )
+    return Lvm(
+        dataclasses.replace(task.cfg, dtype=dtype or _default_dtype()),
+        params,
+        images,
+        context_images=context_images or task.context_images + 1,
+        lead_ids=formatter.lead_ids[: task.lead_tokens],
+    )
+
+
+def from_upstream(
+    checkpoint: str,
+    *,
+    tokenizer: str = "",
+    context_images: int = 16,
+    dtype: str = "",
+    preset: str = "",
+) -> Lvm:
+    """An Lvm from released weights; `vlm_jax.load` calls it.
+
+    Args:
+      checkpoint: anything `weights.readers.read` takes: a folder of safetensors shards,
+        `params::FILE`, ...
+      tokenizer: folder with the VQGAN: config.json and pytorch_model.bin or .safetensors.
+      context_images, dtype: as in `from_run`.
+      preset: sizes of weights that come without a config.json, for example "lvm_7b".
+
+    Raises:
+      FileNotFoundError, ConversionError: the weights cannot be read.
+      ValueError: no tokenizer is given, or it does not fit the language model.
+    """
+    from vlm_jax.weights import llama as llama_weights
+
+    if not tokenizer:
+        raise ValueError(
+            f"{checkpoint} holds no tokenizer; give tokenizer=FOLDER with the released VQGAN "
+            f"(config.json and pytorch_model.bin or .safetensors)"
+        )
+    images = tokenizer_lib.ImageTokenizer.load(tokenizer)
+    cfg = llama.PRESETS[preset] if preset else None
+    cfg, params = llama_weights.load(checkpoint, cfg, dtype=dtype or _default_dtype())
+    if images.cfg.num_embeddings > cfg.vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer!r} has {images.cfg.num_embeddings} codes, the language model "
+            f"only {cfg.vocab_size} ids; give the tokenizer that it was trained with"
+        )
+    return Lvm(cfg, params, images, context_images=context_images)
+
+
+def _default_dtype() -> str:
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _is_image_list(value: Any) -> bool:
+    """A list of images, as against one image."""
+    return not (isinstance(value, np.ndarray) and value.ndim == 3)
+
+
+def _as_prompts(frames: Any) -> tuple[list[Any], bool]:
+    """(list of prompts, whether there was just one)."""
+    if isinstance(frames, np.ndarray) and frames.ndim == 3:
+        raise ValueError("a prompt is a list of images; put the single image into a list")
+    if len(frames) == 0:
+        raise ValueError("the prompt is empty; LVM continues at least one image")
+    first = frames[0]
+    single = isinstance(first, np.ndarray) and first.ndim == 3
+    prompts = [frames] if single else list(frames)
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a prompt is empty; LVM continues at least one image")
+    return prompts, single
+
+
+def _as_u8(image: Any) -> np.ndarray:
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(f"an image must be [H, W, 3], got shape {image.shape}")
+    if image.dtype == np.uint8:
+        return image
+    if image.dtype.kind == "f" and image.min() >= 0 and image.max() <= 1:
+        return (image * 255).round().astype(np.uint8)
+    raise ValueError(f"an image must be uint8 or float in [0, 1], got {image.dtype}")

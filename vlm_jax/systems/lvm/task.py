@@ -1,0 +1,206 @@
+"""LVM as a Task: next-token prediction over visual sentences (arXiv 2312.00785, sec. 3).
+
+    tokens ─ llama ─ logits ─ cross-entropy with the next token
+                     └ predict["score"]     log-probability of every target
+                     └ predict["continue"]  ids of the images after the context
+
+Images exist only at the edges: `tools` tokenize them before training, and `pictures` decodes ids
+with the frozen tokenizer afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.decoding import generate, sampling
+from vlm_jax.models import llama
+from vlm_jax.nn import functional
+from vlm_jax.ops import losses
+
+
+@dataclasses.dataclass(frozen=True)
+class LvmTask:
+    """See the module.
+
+    Attributes:
+      cfg: of the network.
+      loss_mean: "row" is the reference (a mean of row means), "token" the mean over all tokens.
+      attention: "causal" over the whole row, as the reference packs its stream, or "documents":
+        no attention across sentences; `data.packing` must fit.
+      loss_chunk: positions whose logits exist at once; 0 makes all logits. With 8,292 ids they
+        are small, and chunks cost time.
+      codebook_size: ids below are visual; the others are never generated.
+      tokens_per_image: ids of one image.
+      context_images: images that predict["continue"] sees.
+      lead_tokens: ids before the first image of a row (BOS).
+      tokenizer: of `pictures`: "tiny" or a folder; "" has none.
+      temperature, top_k, top_p: of predict["continue"].
+    """
+
+    cfg: llama.LlamaConfig
+    loss_mean: str = "row"
+    attention: str = "causal"
+    loss_chunk: int = 0
+    codebook_size: int = 8192
+    tokens_per_image: int = 256
+    context_images: int = 7
+    lead_tokens: int = 1
+    tokenizer: str = ""
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    sharding_rules = llama.SHARDING_RULES
+
+    def __post_init__(self):
+        if self.loss_mean not in ("row", "token"):
+            raise ValueError(f"task.loss_mean={self.loss_mean!r} is neither 'row' nor 'token'")
+        if self.attention not in ("causal", "documents"):
+            raise ValueError(f"task.attention={self.attention!r}: 'causal' or 'documents'")
+        if self.codebook_size > self.cfg.vocab_size:
+            raise ValueError(
+                f"task.codebook_size={self.codebook_size} is more than "
+                f"model.vocab_size={self.cfg.vocab_size}"
+            )
+
+    @functools.cached_property
+    def network(self) -> functional.Functional:
+        """The LLaMA behind its functional boundary."""
+        return functional.Functional(lambda rngs: llama.Llama(self.cfg, rngs))
+
+    @property
+    def predict(self) -> Mapping[str, Any]:
+        """Named predictors; see the module."""
+        return {"score": self._score, "continue": self._continue}
+
+    def init(self, rng: jax.Array) -> functional.Params:
+        """Random parameters, all matrices N(0, 0.02)."""
+        return self.network.init(rng)
+
+    def loss(self, params, batch, rng):
+        """(loss, metrics) of a batch; see the table in `format.py`."""
+        module = self.network.bind(params)
+        hidden_btd = self._hidden(module, batch)
+        targets, weights = batch["targets"], batch["weights"]
+        if self.loss_chunk:
+            loss, metrics = losses.chunked_cross_entropy(
+                hidden_btd,
+                module.head_matrix(),
+                targets,
+                weights,
+                mean=self.loss_mean,
+                chunk=self.loss_chunk,
+            )
+        else:
+            logits_btv = module.logits(hidden_btd)
+            loss, metrics = losses.cross_entropy(logits_btv, targets, weights, mean=self.loss_mean)
+        return loss, {"accuracy": metrics["accuracy"], "scored_tokens": metrics["tokens"]}
+
+    def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Raises ValueError when a batch cannot be learned from by this model."""
+        _, length = batch["tokens"].shape
+        if length > self.cfg.max_tokens:
+            raise ValueError(
+                f"rows of {length} tokens are longer than model.max_tokens={self.cfg.max_tokens}; "
+                f"lower formatter.length or raise model.max_tokens"
+            )
+        if not np.any(batch["weights"]):
+            raise ValueError("no token of the first batch carries loss; check formatter and data")
+        if self.attention == "causal" and batch["segments"].max() > 1:
+            raise ValueError(
+                "rows hold several documents, and task.attention='causal' would let them see each "
+                "other; set task.attention='documents' or data.packing='stream'"
+            )
+
+    def units_per_step(self, batch) -> tuple[str, float]:
+        """Tokens per update."""
+        rows, length = batch["tokens"].shape
+        return "tokens", float(rows * length)
+
+    def flops_per_step(self, batch) -> float:
+        """Model FLOPs of one update; attention counts its causal half."""
+        rows, length = batch["tokens"].shape
+        return rows * length * llama.flops_per_token(self.cfg, length, causal_half=True)
+
+    def pictures(self, outputs, batch) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
+        """Rows of (context, generated, true) images and their scores, for predict["continue"].
+
+        Returns:
+          One dict (label, columns, images: uint8[H, W, 3]) and one dict of scalars per row:
+          `token_match`, the share of generated ids that are the true ones.
+        """
+        tokenizer = _tokenizer(self.tokenizer, self.codebook_size, self.tokens_per_image)
+        context, size = self.context_images, self.tokens_per_image
+        end = self.lead_tokens + context * size
+        ids = np.concatenate(
+            [
+                batch["tokens"][:, self.lead_tokens : end],
+                outputs["ids"],
+                # Target t is token t+1.
+                batch["targets"][:, end - 1 : end - 1 + size],
+            ],
+            axis=1,
+        )
+        ids = np.clip(ids, 0, self.codebook_size - 1).reshape(-1, size)
+        shown = tokenizer.decode_u8(ids).reshape(len(batch["tokens"]), context + 2, -1)
+        side = tokenizer.side
+        columns = [f"context {i + 1}" for i in range(context)] + ["generated", "true"]
+        made, true = outputs["ids"], batch["targets"][:, end - 1 : end - 1 + size]
+        rows = [
+            {"label": "", "columns": columns, "images": list(row.reshape(-1, side, side, 3))}
+            for row in shown
+        ]
+        return rows, [{"token_match": float((a == b).mean())} for a, b in zip(made, true)]
+
+    def _hidden(self, module, batch):
+        segments = batch["segments"] if self.attention == "documents" else None
+        hidden_btd, _ = module.transform(
+            module.embed(batch["tokens"]),
+            positions_bt=batch["positions"],
+            segments_bt=segments,
+        )
+        return hidden_btd
+
+    def _score(self, params, batch, rng):
+        module = self.network.bind(params)
+        logits_btv = module.logits(self._hidden(module, batch))
+        return {"logp": losses.token_logp(logits_btv, batch["targets"])}
+
+    def _continue(self, params, batch, rng):
+        size = self.tokens_per_image
+        end = self.lead_tokens + self.context_images * size
+        if batch["tokens"].shape[1] + 1 < end + size:
+            raise ValueError(
+                f"rows of {batch['tokens'].shape[1]} tokens hold no {self.context_images} context "
+                f"images of {size} ids and one more; lower task.context_images"
+            )
+        params, cfg = llama.decode_form(params, self.cfg)
+        module = functional.Functional(lambda rngs: llama.Llama(cfg, rngs)).bind(params)
+        prompt_bt = batch["tokens"][:, :end]
+        cache = llama.make_cache(cfg, prompt_bt.shape[0], end + size)
+        sampler = sampling.Sampler(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            suppress_from=self.codebook_size,
+        )
+        ids = generate.generate(module.step, cache, prompt_bt, size, rng, sampler=sampler)
+        return {"ids": jnp.squeeze(ids, 1)}
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer(name: str, codebook_size: int, tokens_per_image: int) -> Any:
+    from vlm_jax.systems.lvm import tokenizer
+
+    if not name:
+        raise ValueError("task.tokenizer is empty, and pictures need one; 'tiny' or a folder")
+    return tokenizer.ImageTokenizer.load(
+        name, codebook_size=codebook_size, tokens_per_image=tokens_per_image
+    )

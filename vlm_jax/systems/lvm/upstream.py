@@ -1,0 +1,37 @@
+"""Sizes and released weights of LVM: the language model is a plain LLaMA."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax import config as config_lib
+from vlm_jax.models import llama
+from vlm_jax.systems.lvm.task import LvmTask
+
+
+def make_task(model: Mapping[str, Any], **task: Any) -> LvmTask:
+    """The task from `config.model` (preset and fields of `LlamaConfig`) and `config.task`.
+
+    Raises:
+      ConfigError: unknown preset, unknown keys, sizes that do not fit each other.
+    """
+    fields = dict(model)
+    preset = fields.pop("preset", "")
+    if preset:
+        if preset not in llama.PRESETS:
+            raise config_lib.ConfigError(
+                f"model.preset={preset!r}{config_lib.nearest(preset, llama.PRESETS)}"
+            )
+        fields = {**dataclasses.asdict(llama.PRESETS[preset]), **fields}
+    cfg = config_lib.section(llama.LlamaConfig, fields, "model")
+    return config_lib.section(LvmTask, {"cfg": cfg, **task}, "task")
+
+
+def load_upstream(path: str, task: LvmTask) -> dict[str, Any]:
+    """Released or converted LLaMA weights as our parameters; see `weights.llama.load`."""
+    from vlm_jax.weights import llama as llama_weights
+
+    _, params = llama_weights.load(path, task.cfg)
+    return params
