@@ -222,6 +222,8 @@ class Checkpointer:
                 folder.rmdir()
                 return _disk_full(folder, free, num_bytes)
         except OSError as error:
+            if _is_disk_full(error):
+                return _disk_full(folder, _free_bytes(self.folder), num_bytes)
             return f"cannot save step {step} in {folder}: {error}"
         return ""
 

@@ -1,0 +1,364 @@
+"""Checkpoints are complete and unchanged, or not used; errors reach the training loop."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax import checkpoints, commit_marker
+
+P = jax.sharding.PartitionSpec
+
+
+def _mesh(*shape):
+    axis_types = (jax.sharding.AxisType.Auto,) * len(shape)
+    return jax.make_mesh(shape, ("data", "fsdp")[: len(shape)], axis_types=axis_types)
+
+
+def _state(seed=0, width=8):
+    rng = np.random.default_rng(seed)
+    kernel = rng.standard_normal((width, 16)).astype(np.float32)
+    return {
+        "step": jnp.int32(seed),
+        "params": {
+            "layers": {"0": {"kernel": jnp.asarray(kernel)}, "1": {"scale": jnp.ones(3)}},
+            "table": jnp.asarray(kernel, jnp.bfloat16),
+        },
+        "opt_state": ({"mu": jnp.asarray(2 * kernel)}, (), jnp.int32(7)),
+    }
+
+
+def _equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def _save(workdir, *steps, **options):
+    with checkpoints.Checkpointer(workdir, **options) as saver:
+        for step in steps:
+            assert saver.save(step, _state(step), {"data": {"step": step}})
+    return workdir / "checkpoints"
+
+
+def _data_file(folder):
+    """The largest file that holds arrays."""
+    files = [path for path in (folder / "state").rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def test_round_trip_is_bit_for_bit(tmp_path):
+    folder = _save(tmp_path, 10, 20)
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        assert saver.latest_good() == 20
+        for step in (10, 20):
+            state, meta = saver.restore(step, jax.eval_shape(lambda: _state(0)))
+            _equal(state, _state(step))
+            assert meta == {"data": {"step": step}}
+    marker = json.loads((folder / "20" / "COMMIT.json").read_text())
+    assert "meta.json" in marker["files"] and any("state/" in name for name in marker["files"])
+
+
+def test_what_is_saved_is_the_state_of_the_call(tmp_path):
+    # The loop goes on, and donates these buffers, while orbax still writes.
+    update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    state = {"params": {"w": jnp.arange(1 << 20, dtype=jnp.float32)}}
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        saver.save(1, state, {})
+        for _ in range(20):
+            state = update(state)
+        assert state["params"]["w"][0] == 20
+        jax.block_until_ready(state)
+    saved = checkpoints.load_params(tmp_path)["w"]
+    np.testing.assert_array_equal(saved, np.arange(1 << 20, dtype=np.float32))
+
+
+def test_restores_onto_another_mesh(tmp_path):
+    def place(tree, mesh, spec):
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
+
+    kernel = {"params": {"kernel": _state(3)["params"]["layers"]["0"]["kernel"]}}
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        saver.save(3, place(kernel, _mesh(8, 1), P("data")), {})
+    target = jax.sharding.NamedSharding(_mesh(2, 4), P("fsdp", "data"))
+    abstract = {"params": {"kernel": jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=target)}}
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        state, _ = saver.restore(3, abstract)
+    _equal(state, kernel)
+    assert state["params"]["kernel"].sharding == target
+
+
+def _truncate(folder):
+    file = _data_file(folder)
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def _flip_a_bit(folder):
+    file = _data_file(folder)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def _lose_a_file(folder):
+    _data_file(folder).unlink()
+
+
+def _lose_the_marker(folder):
+    (folder / "COMMIT.json").unlink()
+
+
+def _break_the_marker(folder):
+    (folder / "COMMIT.json").write_text('{"files": {"a":')
+
+
+def _empty(folder):
+    folder.rename(folder.with_name("elsewhere"))
+    folder.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (_truncate, "bytes of .*cut off"),
+        (_flip_a_bit, "digest differs"),
+        (_lose_a_file, "is missing"),
+        (_lose_the_marker, "no COMMIT.json"),
+        (_break_the_marker, "cannot be read"),
+        (_empty, "is empty"),
+    ],
+)
+def test_a_damaged_step_is_passed_over_with_one_line(tmp_path, capfd, damage, reason):
+    folder = _save(tmp_path, 10, 20)
+    damage(folder / "20")
+    capfd.readouterr()
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        assert saver.latest_good() == 10
+        said = capfd.readouterr().err.strip()
+        assert said.startswith("checkpoints: checkpoint of step 20 is not used: ")
+        assert "\n" not in said
+        assert re.search(reason, said), said
+        with pytest.raises(checkpoints.CheckpointError, match=reason):
+            saver.restore(20, jax.eval_shape(lambda: _state(0)))
+        # The run continues, and step 20 is saved again beside what was rejected.
+        state, _ = saver.restore(10, jax.eval_shape(lambda: _state(0)))
+        _equal(state, _state(10))
+        assert saver.save(20, _state(20), {})
+    assert checkpoints.Checkpointer(tmp_path).latest_good() == 20
+    assert (folder / "rejected-20-0").is_dir()
+
+
+def test_no_checkpoint_at_all(tmp_path, capfd):
+    assert checkpoints.Checkpointer(tmp_path).latest_good() is None
+    (tmp_path / "checkpoints" / "notes").mkdir()
+    (tmp_path / "checkpoints" / "7").write_text("a file")
+    assert checkpoints.Checkpointer(tmp_path).latest_good() is None
+    assert capfd.readouterr().err == ""
+    with pytest.raises(checkpoints.CheckpointError, match="no good checkpoint"):
+        checkpoints.load_params(tmp_path)
+
+
+def test_what_a_killed_save_left_makes_way(tmp_path, capfd):
+    folder = _save(tmp_path, 10)
+    for step in (20, 25):
+        (folder / str(step) / "state.orbax-checkpoint-tmp-0").mkdir(parents=True)
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        assert saver.latest_good() == 10
+        assert capfd.readouterr().err.count("its save did not finish") == 2
+        saver.save(20, _state(20), {})
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "20"]
+
+
+def test_keeps_the_last_and_the_milestones(tmp_path):
+    folder = _save(tmp_path, 1, 2, 3, 4, 5, 6, 7, keep_last=2, milestone_every=3)
+    assert sorted(os.listdir(folder)) == ["3", "6", "7"]
+
+
+def test_rejected_steps_do_not_push_out_good_ones(tmp_path):
+    folder = _save(tmp_path, 10, 20, 30)
+    _flip_a_bit(folder / "20")
+    _flip_a_bit(folder / "30")
+    with checkpoints.Checkpointer(tmp_path, keep_last=2) as saver:
+        assert saver.latest_good() == 10
+        saver.save(25, _state(25), {})
+    assert {"10", "25"} <= set(os.listdir(folder))
+
+
+def test_saving_a_step_twice(tmp_path):
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        assert saver.save(5, _state(5), {}) is True
+        assert saver.save(5, _state(6), {}) is False
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        with pytest.raises(checkpoints.CheckpointError, match="step 5 is already saved"):
+            saver.save(5, _state(6), {})
+        assert saver.latest_good() == 5
+        assert saver.save(5, _state(6), {}) is False
+        _equal(saver.restore(5, jax.eval_shape(lambda: _state(0)))[0], _state(5))
+
+
+def test_a_checkpoint_of_another_model_is_named_leaf_by_leaf(tmp_path):
+    _save(tmp_path, 1)
+    other = _state(0, width=4)
+    other["params"]["lora"] = jnp.zeros((2, 2))
+    other["opt_state"] = ({"mu": jnp.zeros((8, 16), jnp.bfloat16)}, (), jnp.int32(0))
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        with pytest.raises(checkpoints.CheckpointError) as caught:
+            saver.restore(1, other)
+    message = str(caught.value)
+    assert "4 of 7 leaves differ" in message
+    assert "params/layers/0/kernel: checkpoint float32[8, 16], model float32[4, 16]\n" in message
+    assert "params/lora: checkpoint absent, model float32[2, 2]\n" in message
+    assert "opt_state/0/mu: checkpoint float32[8, 16], model bfloat16[8, 16]\n" in message
+
+
+def test_parameters_alone(tmp_path):
+    folder = _save(tmp_path, 1, 2)
+    _flip_a_bit(folder / "2")
+    params = checkpoints.load_params(tmp_path)
+    _equal(params, _state(1)["params"])
+    _equal(checkpoints.load_params(folder / "1"), _state(1)["params"])
+    with pytest.raises(checkpoints.CheckpointError, match="digest differs"):
+        checkpoints.load_params(folder / "2")
+    with pytest.raises(checkpoints.CheckpointError, match="holds no 'ema'"):
+        checkpoints.load_params(tmp_path, item="ema")
+
+    abstract = jax.eval_shape(lambda: _state(0)["params"])
+    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), abstract)
+    cast = checkpoints.load_params(tmp_path, half)
+    _equal(cast, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    del abstract["table"]
+    with pytest.raises(checkpoints.CheckpointError, match="params/table: .*model absent"):
+        checkpoints.load_params(tmp_path, abstract)
+
+
+def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    folder = _save(tmp_path, 1)
+    monkeypatch.setattr(checkpoints, "_free_bytes", lambda folder: 1000)
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        with pytest.raises(checkpoints.CheckpointError) as caught:
+            saver.save(2, _state(2), {})
+        assert saver.latest_good() == 1
+    message = str(caught.value)
+    # 128 + 3 + 128 float32, 128 bfloat16, 2 int32, and 1 MiB spare
+    assert f"{folder / '2'} needs {4 * (128 + 3 + 128) + 2 * 128 + 8 + 2**20:,} bytes" in message
+    assert "1,000 bytes are free" in message
+    assert os.listdir(folder) == ["1"]
+
+
+@pytest.mark.parametrize("surfaces_in", ["wait", "check", "save", "close"])
+def test_a_disk_that_fills_up_while_saving_reaches_the_loop(tmp_path, monkeypatch, surfaces_in):
+    folder = _save(tmp_path, 1)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail(folder):
+        raise full
+
+    saver = checkpoints.Checkpointer(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(commit_marker, "commit", fail)
+        saver.save(2, _state(2), {})
+        while saver._thread.is_alive():
+            time.sleep(0.01)
+    act = {
+        "wait": saver.wait,
+        "check": saver.check,
+        "save": lambda: saver.save(3, _state(3), {}),
+        "close": saver.close,
+    }
+    with pytest.raises(checkpoints.CheckpointError, match="the disk is full.*bytes are free"):
+        act[surfaces_in]()
+    assert os.listdir(folder) == ["1"]
+    if surfaces_in != "close":  # with room again, the same run saves
+        saver.save(3, _state(3), {})
+        saver.close()
+        assert checkpoints.Checkpointer(tmp_path).latest_good() == 3
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(f"cannot mount a small file system: {error}")
+    if done.returncode:
+        pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("looks_roomy", [False, True])
+def test_a_really_full_disk(small_disk, monkeypatch, capfd, looks_roomy):
+    noise = np.random.default_rng(0).standard_normal(3 << 18).astype(np.float32)  # 3 MiB
+    state = {"params": {"noise": jnp.asarray(noise)}}
+    saver = checkpoints.Checkpointer(small_disk)
+    saver.save(1, state, {})
+    saver.wait()
+    if looks_roomy:  # others may fill the disk between the check and the write
+        answers, free_bytes = [1 << 40], checkpoints._free_bytes
+        monkeypatch.setattr(
+            checkpoints, "_free_bytes", lambda f: answers.pop() if answers else free_bytes(f)
+        )
+    with pytest.raises(checkpoints.CheckpointError, match="the disk is full: .*bytes are free"):
+        saver.save(2, state, {})
+        saver.wait()
+    saver.close()
+    assert capfd.readouterr().err == ""  # the error tells it all
+    with checkpoints.Checkpointer(small_disk) as again:
+        assert again.latest_good() == 1
+        _equal(again.restore(1, state)[0], state)
+    assert os.listdir(small_disk / "checkpoints") == ["1"]
+
+
+def test_an_interrupt_while_waiting_loses_nothing(tmp_path, monkeypatch):
+    go_on = threading.Event()
+    commit = commit_marker.commit
+
+    def slow(folder):
+        go_on.wait()
+        commit(folder)
+
+    monkeypatch.setattr(commit_marker, "commit", slow)
+    saver = checkpoints.Checkpointer(tmp_path)
+    saver.save(1, _state(1), {})
+    thread = saver._thread
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            saver.wait()
+    go_on.set()
+    saver.close()
+    saver.close()
+    assert checkpoints.Checkpointer(tmp_path).latest_good() == 1
+
+
+def test_leaving_with_an_error_still_commits(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with checkpoints.Checkpointer(tmp_path) as saver:
+            saver.save(1, _state(1), {})
+            raise ZeroDivisionError
+    assert checkpoints.Checkpointer(tmp_path).latest_good() == 1
+
+
+def test_impossible_settings(tmp_path):
+    with pytest.raises(ValueError, match="keep_last=0"):
+        checkpoints.Checkpointer(tmp_path, keep_last=0)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        checkpoints.Checkpointer(tmp_path).save(1, _state(1), {"a": object()})
