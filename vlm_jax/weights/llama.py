@@ -334,6 +334,12 @@ def config_from_gguf(metadata: Mapping[str, Any], *, tied: bool) -> llama.LlamaC
         raise ValueError(f"GGUF architecture {kind!r}, rope scaling {scaling!r}; need llama, none")
     get = {key.removeprefix("llama."): value for key, value in metadata.items()}
     width, heads = get["embedding_length"], get["attention.head_count"]
+    head_width = get.get("attention.key_length", width // heads)
+    if get.get("rope.dimension_count", head_width) != head_width:
+        raise ValueError(
+            f"GGUF: rotary over {get['rope.dimension_count']} of {head_width} channels per head; "
+            "only all of them are supported"
+        )
     cfg = llama.LlamaConfig(
         vocab_size=get.get("vocab_size") or len(metadata["tokenizer.ggml.tokens"]),
         width=width,
@@ -341,7 +347,7 @@ def config_from_gguf(metadata: Mapping[str, Any], *, tied: bool) -> llama.LlamaC
         mlp_width=get["feed_forward_length"],
         num_heads=heads,
         num_kv_heads=get.get("attention.head_count_kv", heads),
-        head_width=get.get("attention.key_length", width // heads),
+        head_width=head_width,
         rope_theta=get.get("rope.freq_base", 1e4),
         rms_eps=_short(get["attention.layer_norm_rms_epsilon"]),
         max_tokens=get["context_length"],

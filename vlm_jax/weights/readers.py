@@ -342,7 +342,8 @@ def _is_map(byte: int) -> bool:
 
 
 def _is_chunked(data: np.ndarray, offset: int) -> bool:
-    return b"__msgpack_chunked_array__" in data[offset : offset + 40].tobytes()
+    # A map of three (one byte), whose first key is this string of 25 characters.
+    return data[offset + 1 : offset + 27].tobytes() == b"\xb9__msgpack_chunked_array__"
 
 
 _MSGPACK = {

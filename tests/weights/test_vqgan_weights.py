@@ -1,0 +1,94 @@
+"""VQGAN checkpoints, plain and with attention, against the reference ids and images."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vlm_jax.models import vqgan as model
+from vlm_jax.nn import functional
+from vlm_jax.weights import convert, export, readers, vqgan
+
+VARIANTS = [("vqgan", "vq"), ("vqgan_attn", "vqattn")]
+
+
+def config_of(golden_lvm, name):
+    return json.loads((golden_lvm / "config.json").read_text())[name]
+
+
+@pytest.mark.parametrize("name, arrays_of", VARIANTS)
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_reference_ids_and_images(tmp_path, golden_lvm, name, arrays_of, suffix):
+    (tmp_path / "config.json").write_text(json.dumps(config_of(golden_lvm, name)))
+    source = golden_lvm / f"{name}.safetensors"
+    if suffix == ".safetensors":
+        (tmp_path / "pytorch_model.safetensors").write_bytes(source.read_bytes())
+    else:
+        torch = pytest.importorskip("torch")
+        tensors = readers.read(source)
+        state = {key: torch.tensor(tensors[key]) for key in tensors}
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    cfg, params = vqgan.load(tmp_path)
+    arrays = np.load(golden_lvm / "io.npz")
+    network = functional.Functional(lambda rngs: model.Vqgan(cfg, rngs)).bind(params)
+    ids = network.encode(arrays[f"{arrays_of}.images_u8"] / np.float32(255))
+    np.testing.assert_array_equal(ids, arrays[f"{arrays_of}.ids"])
+    image = np.transpose(network.decode(ids), (0, 3, 1, 2))
+    np.testing.assert_allclose(image, arrays[f"{arrays_of}.recon"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name, arrays_of", VARIANTS)
+def test_round_trip_is_bit_equal(tmp_path, golden_lvm, name, arrays_of):
+    fields = config_of(golden_lvm, name)
+    cfg = vqgan.config_from_hf(fields)
+    tensors = readers.read(golden_lvm / f"{name}.safetensors")
+    params = vqgan.from_hf(tensors, cfg)
+    export.write(tmp_path, export.hf(vqgan, params, cfg))
+    assert (tmp_path / "pytorch_model.safetensors").exists()
+    assert json.loads((tmp_path / "config.json").read_text()) == fields
+    back = readers.read(tmp_path)
+    assert sorted(back) == sorted(tensors)
+    for key in tensors:
+        np.testing.assert_array_equal(back[key], tensors[key])
+
+
+def test_missing_extra_and_misshapen_in_one_error(golden_lvm):
+    cfg = vqgan.config_from_hf(config_of(golden_lvm, "vqgan"))
+    tensors = dict(readers.read(golden_lvm / "vqgan.safetensors"))
+    tensors["quant_conv.beta"] = tensors.pop("quant_conv.bias")
+    tensors["post_quant_conv.weight"] = tensors["post_quant_conv.weight"].swapaxes(0, 1)
+    with pytest.raises(convert.ConversionError) as caught:
+        vqgan.from_hf(tensors, cfg)
+    assert sorted(error.split(":")[0] for error in caught.value.errors) == [
+        "post_quant_conv.weight", "quant_conv.beta", "quant_conv.bias",
+    ]  # fmt: skip
+
+
+def test_attention_weights_do_not_pass_for_the_plain_network(golden_lvm):
+    cfg = vqgan.config_from_hf(config_of(golden_lvm, "vqgan_attn") | {"no_attn_mid_block": True})
+    tensors = readers.read(golden_lvm / "vqgan_attn.safetensors")
+    with pytest.raises(convert.ConversionError, match=r"encoder.mid.attn_1.k.bias: in the chec"):
+        vqgan.from_hf(tensors, cfg)
+
+
+def test_released_config_and_names():
+    cfg = model.PRESETS["f16_8192"]
+    assert vqgan.config_from_hf(vqgan.config_to_hf(cfg)) == cfg
+    shapes = convert.reverted_shapes(vqgan.abstract_params(cfg), vqgan.HF_RULES)
+    # specs: 277 tensors, 146,244,675 parameters
+    assert len(shapes) == 277
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 146_244_675
+    assert shapes["decoder.up.4.block.0.conv1.weight"] == (768, 768, 3, 3)
+
+
+def test_configs_that_are_refused(tmp_path, golden_lvm):
+    fields = config_of(golden_lvm, "vqgan")
+    with pytest.raises(ValueError, match=r"\['no_attn_mid_block', 'z_channels'\] missing"):
+        vqgan.config_from_hf(
+            {k: v for k, v in fields.items() if k not in ("z_channels", "no_attn_mid_block")}
+        )
+    with pytest.raises(ValueError, match="resample_with_conv"):
+        vqgan.config_from_hf(fields | {"resample_with_conv": False})
+    (tmp_path / "x.safetensors").write_bytes((golden_lvm / "vqgan.safetensors").read_bytes())
+    with pytest.raises(FileNotFoundError, match="config.json not found.*f16_8192"):
+        vqgan.load(tmp_path)
