@@ -1,0 +1,181 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.ops import attention, masks
+
+
+def attend(q, k, v, *, causal=False, scale=None, implementation=None, **arrays):
+    """Jitted: eager dispatch would compile every small operation on its own."""
+    fixed = dict(causal=causal, scale=scale, implementation=implementation)
+    return jax.jit(lambda q, k, v, arrays: attention.attend(q, k, v, **fixed, **arrays))(
+        q, k, v, arrays
+    )
+
+
+def make(b=2, t=5, s=None, n=4, k=4, h=8, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    s = t if s is None else s
+    shapes = (b, t, n, h), (b, s, k, h), (b, s, k, h)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def plain(q, k, v, mask_bts=None, bias=0.0, scale=None):
+    """The textbook, in float64, one head at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    group = q.shape[2] // k.shape[2]
+    out = np.zeros(q.shape)
+    for b in range(q.shape[0]):
+        for n in range(q.shape[2]):
+            scores = q[b, :, n] @ k[b, :, n // group].T * (scale or q.shape[3] ** -0.5)
+            scores = scores + np.broadcast_to(bias, (q.shape[0], q.shape[2], *scores.shape))[b, n]
+            if mask_bts is not None:
+                scores = np.where(mask_bts[b if len(mask_bts) > 1 else 0], scores, -1e30)
+            probs = np.exp(scores - scores.max(-1, keepdims=True))
+            out[b, :, n] = probs / probs.sum(-1, keepdims=True) @ v[b, :, n // group]
+    return out
+
+
+def close(a, b, tolerance=2e-6):
+    np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
+
+
+def test_by_hand():
+    q = jnp.zeros((1, 2, 1, 2))
+    v = jnp.array([[1.0, 2.0], [3.0, 6.0]])[None, :, None]
+    out = attend(q, q, v, causal=True)
+    np.testing.assert_allclose(out[0, :, 0], [[1, 2], [2, 4]])  # the first alone; the mean of both
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_grouped_heads(kv_heads):
+    q, k, v = make(k=kv_heads)
+    close(attend(q, k, v), plain(q, k, v))
+
+
+def test_causal_in_blocks(monkeypatch):
+    monkeypatch.setattr(attention, "_BLOCK", 4)
+    q, k, v = make(t=11, k=2)
+    segments = jnp.array([[1] * 5 + [2] * 6, [1] * 9 + [0] * 2])
+    mask = masks.causal(11)[None] & masks.segments(segments, segments)
+    out = attend(q, k, v, causal=True, q_segments_bt=segments, kv_segments_bs=segments)
+    close(out, plain(q, k, v, mask))
+    bias = np.random.default_rng(1).normal(size=(1, 4, 11, 11)).astype(np.float32)
+    out = attend(q, k, v, causal=True, bias_bnts=bias)
+    close(out, plain(q, k, v, masks.causal(11)[None], bias))
+    # Gradients do not depend on the blocks.
+    loss = lambda q, k, v: (attend(q, k, v, causal=True) ** 2).sum()  # noqa: E731
+    blocked = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+    monkeypatch.setattr(attention, "_BLOCK", 64)
+    for a, b in zip(blocked, jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)):
+        close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1, 1), (2, 1, 5, 7), (1, 4, 1, 7)])
+def test_bias_and_scale(shape):
+    q, k, v = make(s=7)
+    bias = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    out = attend(q, k, v, bias_bnts=bias, scale=1.0)
+    close(out, plain(q, k, v, bias=bias, scale=1.0))
+
+
+def test_cache_slots():
+    q, k, v = make(t=2, s=6)
+    valid = jnp.array([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0]], bool)
+    out = attend(q, k, v, causal=True, q_offset=jnp.int32(3), kv_valid_bs=valid)
+    close(out, plain(q, k, v, masks.cache(valid, 2, 3)))
+    one = attend(q[:, :1], k, v, causal=True, q_offset=jnp.int32(3), kv_valid_bs=valid)
+    close(one, out[:, :1])
+
+
+def test_fully_masked_row_is_finite():
+    q, k, v = make()
+    valid = jnp.array([[False] * 5, [True] * 5])
+    loss = lambda q: attend(q, k, v, causal=True, kv_valid_bs=valid).sum()  # noqa: E731
+    value, grad = jax.value_and_grad(loss)(q)
+    assert np.isfinite(value) and np.isfinite(grad).all()
+
+
+def test_low_precision_has_float32_softmax():
+    q, k, v = make(t=64, dtype=jnp.bfloat16)
+    out = attend(q, k, v)
+    assert out.dtype == jnp.bfloat16
+    close(out.astype(jnp.float32), plain(q, k, v), 2e-2)
+
+
+def test_errors():
+    q, k, v = make(n=4, k=3)
+    with pytest.raises(ValueError, match="4 query heads cannot share 3"):
+        attend(q, k, v)
+    q, k, v = make()
+    with pytest.raises(ValueError, match="both"):
+        attend(q, k, v, q_segments_bt=jnp.ones((2, 5), int))
+    with pytest.raises(ValueError, match="'flash9'"):
+        attend(q, k, v, implementation="flash9")
+
+
+@pytest.mark.parametrize(
+    "platform, dtype, h, expected",
+    [
+        ("cpu", "bfloat16", 64, "xla"),
+        ("gpu", "float32", 64, "xla"),
+        ("gpu", "bfloat16", 100, "cudnn"),
+        ("gpu", "bfloat16", 256, "xla"),
+        ("tpu", "bfloat16", 100, "splash"),
+    ],
+)
+def test_choice(monkeypatch, platform, dtype, h, expected):
+    monkeypatch.setattr(attention.partition, "platform", lambda: platform)
+    q = jax.ShapeDtypeStruct((1, 256, 2, h), dtype)
+    assert attention.choose(q, q) == expected
+    assert attention.choose(q, q, q_offset=3) == "xla"
+    one = jax.ShapeDtypeStruct((1, 1, 2, h), dtype)
+    assert attention.choose(one, q) == "xla"
+
+
+def test_cudnn_gets_padded_heads_no_causal_mask_and_the_true_scale(monkeypatch):
+    calls = []
+
+    def stand_in(q, k, v, *, bias, mask, scale, is_causal, implementation):
+        calls.append((q.shape, mask, scale, is_causal, implementation))
+        return jax.nn.dot_product_attention(
+            q, k, v, bias=bias, mask=mask, scale=scale, is_causal=is_causal
+        )
+
+    genuine = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        attention.jax.nn,
+        "dot_product_attention",
+        lambda *args, **kw: (
+            genuine(*args, **kw) if "implementation" not in kw else stand_in(*args, **kw)
+        ),
+    )
+    q, k, v = make(t=6, h=10)
+    out = attend(q, k, v, causal=True, implementation="cudnn")
+    assert calls == [((2, 6, 4, 16), None, 10**-0.5, True, "cudnn")]
+    close(out, plain(q, k, v, masks.causal(6)[None]))
+    valid = jnp.array([[0, 1, 1, 1, 1, 1], [1] * 6], bool)
+    out = attend(q, k, v, kv_valid_bs=valid, implementation="cudnn")
+    assert calls[1][1].shape == (2, 1, 1, 6)
+    close(out, plain(q, k, v, valid[:, None]))
+
+
+@pytest.mark.parametrize("case", ["plain", "segments", "padding"])
+def test_splash_interpreted(monkeypatch, case):
+    # The TPU kernel, run by the interpreter: padding, scale, segments and grouped heads.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+
+    genuine = kernel.make_splash_mha
+    monkeypatch.setattr(
+        kernel, "make_splash_mha", lambda *a, **kw: genuine(*a, **kw, interpret=True)
+    )
+    q, k, v = make(t=130, n=2, k=1, h=10)
+    where = dict(causal=True)
+    if case == "segments":
+        segments = jnp.array([[1] * 60 + [2] * 70, [1] * 100 + [0] * 30])
+        where.update(q_segments_bt=segments, kv_segments_bs=segments)
+    if case == "padding":
+        where.update(kv_valid_bs=jnp.arange(130)[None] < jnp.array([[130], [90]]))
+    out = attend(q, k, v, implementation="splash", **where)
+    close(out, attend(q, k, v, implementation="xla", **where), 1e-5)
