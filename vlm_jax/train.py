@@ -177,12 +177,14 @@ def fit(
         workdir, keep_last=config.keep_last, milestone_every=config.milestone_every
     )
     start = saver.latest_good() or 0
+    owes_evaluation = False
     if start:
         _say(f"resuming from step {start} of {config.steps} in {workdir}")
         target = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
-        state, _ = saver.restore(start, target)
+        state, saved = saver.restore(start, target)
+        owes_evaluation = not saved["data"]["evaluated"]
     else:
         state = jax.jit(make_state, out_shardings=shardings)()
         state["params"] = starting_point.lay_weights(
@@ -214,15 +216,19 @@ def fit(
         for evaluation in evaluations:
             every = evaluation.config.every
             if step == config.steps or (every and step % every == 0):
-                bar.pause()
+                if bar is not None:
+                    bar.pause()
                 with partition.use_mesh(mesh):
                     results = runner(evaluation, params, workdir / "eval" / f"{step:08d}")
                 writer.write(step, results)
                 last.update(results)
                 _say("  ".join(f"{key}={value:.5g}" for key, value in results.items()))
+                if bar is not None:
+                    bar.resume()
 
-    def save(step):
-        saver.save(step, state, {**(meta or {}), "data": {"step": step, "seed": config.seed}})
+    def save(step, evaluated):
+        position = {"step": step, "seed": config.seed, "evaluated": evaluated}
+        saver.save(step, state, {**(meta or {}), "data": position})
 
     def settle(pending):
         """Looks at the metrics of an update that has been dispatched earlier."""
@@ -246,6 +252,8 @@ def fit(
     )
     bar, pending, step = None, None, start
     try:
+        if owes_evaluation:  # the run was asked to stop at a step that is evaluated
+            evaluate(start)
         for batch in batches:
             if bar is None:
                 bar = _make_bar(task, batch, start, config, mesh)
@@ -267,16 +275,18 @@ def fit(
             if saves or evaluates or interrupted:
                 settle(pending)  # nothing is saved or scored after a loss that is not finite
                 pending = None
+            # Evaluated before it is saved: a run killed in between loses no line of metrics.jsonl.
+            # Someone who asks to stop is not kept waiting; the next run makes up for it.
+            if evaluates and not interrupted:
+                evaluate(step)
             if saves or interrupted:
-                save(step)
+                save(step, evaluated=not (evaluates and interrupted))
             if interrupted:
                 _say(f"asked to stop: saved step {step}; the same command continues from there")
                 return last
-            if evaluates:
-                evaluate(step)
+            saver.check()
         if start >= config.steps:
-            _say(f"step {start} of {config.steps} was already reached; evaluating only")
-            evaluate(config.steps)
+            _say(f"step {start} of {config.steps} was already reached; nothing is left to train")
     finally:
         stop.restore()
         batches.close()
