@@ -1,0 +1,74 @@
+"""Two real processes joined by jax.distributed do what one process does."""
+
+import re
+import signal
+
+import pytest
+import tiny_system
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    return tiny_system.write_numbers(tmp_path_factory.mktemp("data") / "numbers.jsonl")
+
+
+@pytest.fixture(scope="module")
+def alone(numbers, tmp_path_factory):
+    """metrics.jsonl of one process with one device, 30 steps."""
+    workdir = tmp_path_factory.mktemp("alone")
+    tiny_system.train(workdir, numbers, _steps(30))
+    return tiny_system.metrics(workdir)
+
+
+def _steps(number):
+    # The recipe's schedule does not depend on the number of steps.
+    return f"--config.train.steps={number}"
+
+
+def _train_pair(workdir, numbers, *overrides):
+    pair = tiny_system.start_pair(workdir, numbers, *overrides)
+    ends = [run.finish() for run in pair]
+    said = "\n".join(run.said() for run in pair)
+    assert ends == [0, 0], said
+    return said
+
+
+def _assert_close(lines, expected):
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    for line, other in zip(lines, expected, strict=True):
+        assert line == pytest.approx(other, rel=1e-5, abs=1e-5)
+
+
+def test_two_processes_give_the_metrics_of_one(numbers, alone, tmp_path):
+    said = _train_pair(tmp_path, numbers, _steps(30))
+    assert said.count("over 2 cpu") == 1 and "2 processes" in said
+    _assert_close(tiny_system.metrics(tmp_path), alone)
+
+
+def test_one_process_two_and_one_again(numbers, alone, tmp_path):
+    tiny_system.train(tmp_path, numbers, _steps(10))
+    said = _train_pair(tmp_path, numbers, _steps(20))
+    assert said.count("resuming from step 10 of 20") == 1
+    said = tiny_system.train(tmp_path, numbers, _steps(30))
+    assert said.count("resuming from step 20 of 30") == 1
+    _assert_close(tiny_system.metrics(tmp_path), alone)
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_to_either_process_saves_once_and_ends_both(numbers, alone, tmp_path, told):
+    pair = tiny_system.start_pair(tmp_path, numbers, _steps(30), "--config.formatter.sleep_s=0.05")
+    pair[0].wait_for_step(7)
+    pair[told].stop(signal.SIGTERM)
+    ends = [run.finish() for run in pair]
+    said = "\n".join(run.said() for run in pair)
+    assert ends == [0, 0], said
+    (step,) = re.findall(r"saved step (\d+)", said)
+    assert 7 <= int(step) < 30
+    assert (tmp_path / "checkpoints" / step / "COMMIT.json").exists()
+    if told == 0:
+        assert f"resuming from step {step} of 30" in tiny_system.train(
+            tmp_path, numbers, _steps(30)
+        )
+        _assert_close(tiny_system.metrics(tmp_path), alone)
