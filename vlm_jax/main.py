@@ -31,6 +31,9 @@ flags.DEFINE_integer("process_id", None, "this process, 0 to num_processes-1")
 def main(argv=None):
     """Parses flags, then runs; user errors end in one message and exit status 2, not a trace."""
     argv = _locate_recipe(list(sys.argv if argv is None else argv))
+    if {"-h", "-help", "--help"} & set(argv[1:]):
+        print(f"{__doc__}\n{FLAGS.module_help(sys.modules[__name__])}")
+        return
     try:
         FLAGS(argv)
     except flags.Error as error:

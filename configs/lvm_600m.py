@@ -1,0 +1,7 @@
+"""LVM 600M: `lvm_3b.py` with the sizes of the paper's 600M model."""
+
+from configs import lvm_3b
+
+
+def get_config(arg=""):
+    return lvm_3b.recipe("lvm_600m", arg)

@@ -1,0 +1,15 @@
+"""LVM 7B, the released size: `lvm_3b.py` with the numbers of the published command.
+
+524,288 tokens an update and a schedule that is far from its end when training stops: the published
+run counts micro-steps (400,000, four to an update) but decays over 288,000 updates.
+"""
+
+from configs import lvm_3b
+
+
+def get_config(arg=""):
+    c = lvm_3b.recipe("lvm_7b", arg, batch_size=128, steps=100_000)
+    if not arg:
+        c.optim.decay_steps = 288_000
+        c.train.accumulate = 4
+    return c

@@ -1,0 +1,123 @@
+"""The verbs of LVM against the reference's end-to-end outputs, and their bad inputs."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vlm_jax.decoding import sampling
+from vlm_jax.systems import lvm
+from vlm_jax.systems.lvm import tokenizer as tokenizer_lib
+from vlm_jax.weights import llama as llama_weights
+from vlm_jax.weights import vqgan as vqgan_weights
+
+GREEDY = sampling.Sampler(temperature=0.0, suppress_from=64)
+
+
+@pytest.fixture(scope="module")
+def golden(golden_lvm):
+    return np.load(golden_lvm / "io.npz")
+
+
+@pytest.fixture(scope="module")
+def parts(golden_lvm):
+    settings = json.loads((golden_lvm / "config.json").read_text())
+    cfg = llama_weights.config_from_hf(settings["llama"])
+    cfg, params = llama_weights.load(golden_lvm / "llama.safetensors", cfg)
+    vq_cfg = vqgan_weights.config_from_hf(settings["vqgan"])
+    vq_cfg, vq_params = vqgan_weights.load(golden_lvm / "vqgan.safetensors", vq_cfg)
+    return cfg, params, tokenizer_lib.ImageTokenizer(vq_cfg, vq_params)
+
+
+@pytest.fixture(scope="module")
+def model(parts):
+    return lvm.Lvm(*parts)
+
+
+def test_tokens_of_the_reference(model, golden):
+    ids = model.tokenizer.encode(golden["vq.images_u8"].astype(np.float32) / 255)
+    np.testing.assert_array_equal(ids, golden["vq.ids"])
+
+
+def test_one_new_image(model, golden):
+    prompt = golden["e2e.prompt_ids"].reshape(3, 64)
+    ids = model.continue_ids([prompt], 1, sampler=GREEDY)
+    np.testing.assert_array_equal(ids[0, 0], golden["e2e.new_ids"])
+    image = model.tokenizer.decode(ids[0, 0])
+    np.testing.assert_allclose(image, golden["e2e.image_float"], atol=1e-4)
+    images_u8 = golden["vq.images_u8"][golden["e2e.prompt_image_index"]]
+    made = model.continue_(list(images_u8), temperature=0.0, top_k=0)
+    truncated = golden["e2e.image_u8_trunc"].astype(int)
+    assert np.abs(made[0].astype(int) - truncated).max() <= 1
+
+
+def test_two_images_in_one_go(model, golden):
+    prompt = golden["e2e.grow_prompt_ids"].reshape(1, 64)
+    ids = model.continue_ids([prompt], 2, sampler=GREEDY)
+    np.testing.assert_array_equal(ids[0, 0], golden["e2e.grow_new_ids"])
+
+
+def test_sliding_window(parts, golden):
+    model = lvm.Lvm(*parts, context_images=int(golden["e2e.window_context_frames"][0]))
+    prompt = golden["e2e.window_prompt_ids"].reshape(5, 64)
+    ids = model.continue_ids([prompt], 2, sampler=GREEDY)
+    np.testing.assert_array_equal(ids[0, 0], golden["e2e.window_new_ids"])
+    images = model.tokenizer.decode(ids[0, 0])
+    np.testing.assert_allclose(images, golden["e2e.window_images_float"], atol=1e-4)
+
+
+def test_perplexity(model, golden):
+    contexts = list(golden["ppl.context_ids"].reshape(2, 2, 64))
+    targets = list(golden["ppl.target_ids"].reshape(2, 1, 64))
+    got = model.perplexity_ids(contexts, targets)
+    np.testing.assert_allclose(got, golden["ppl.perplexity"], rtol=1e-3)
+
+
+def test_a_batch_equals_its_prompts_one_by_one(model, golden):
+    ids = golden["vq.ids"]
+    prompts = [ids[:1], ids[:2], ids[1:2]]
+    together = model.continue_ids(prompts, 1, sampler=GREEDY)
+    for prompt, batched in zip(prompts, together):
+        np.testing.assert_array_equal(model.continue_ids([prompt], 1, sampler=GREEDY)[0], batched)
+
+
+def test_candidates_and_seeds(model, golden):
+    frames = list(golden["vq.images_u8"][:2])
+    first = model.continue_(frames, candidates=3, seed=1)
+    assert first.shape == (3, 1, 32, 32, 3) and first.dtype == np.uint8
+    assert (first[0] != first[1]).any()
+    np.testing.assert_array_equal(first, model.continue_(frames, candidates=3, seed=1))
+    assert (first != model.continue_(frames, candidates=3, seed=2)).any()
+
+
+def test_analogy_is_a_prompt_of_pairs(model, golden):
+    a, b, c = golden["vq.images_u8"][:3]
+    options = dict(temperature=0.0, top_k=0)
+    one = model.analogy([(a, b)], c, **options)
+    np.testing.assert_array_equal(one, model.continue_([a, b, c], **options))
+    batch = model.analogy([[(a, b)], [(b, a)]], [c, c], **options)
+    np.testing.assert_array_equal(batch[0], one)
+    assert len(batch) == 2
+
+
+def test_bad_input(model, golden):
+    image = golden["vq.images_u8"][0]
+    with pytest.raises(ValueError, match="list of images"):
+        model.continue_(image)
+    with pytest.raises(ValueError, match="empty"):
+        model.continue_([])
+    with pytest.raises(ValueError, match=r"\[H, W, 3\]"):
+        model.continue_([image[..., 0:1]])
+    with pytest.raises(ValueError, match="float in"):
+        model.continue_([image.astype(np.float32)])
+    with pytest.raises(ValueError, match="n=0"):
+        model.continue_([image], 0)
+    with pytest.raises(ValueError, match="2 lists of pairs for 1 queries"):
+        model.analogy([[(image, image)], [(image, image)]], [image])
+    with pytest.raises(ValueError, match="codebook"):
+        model.tokenizer.decode(np.full((1, 64), 64))
+
+
+def test_a_tokenizer_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="1024 codes, the language model needs 8192"):
+        tokenizer_lib.ImageTokenizer.load("tiny", codebook_size=8192)
