@@ -59,8 +59,8 @@ def make_source(type: str, **fields: Any) -> Source:
       DataError: unknown type or field, or no such file.
     """
     try:
-        if type in _TYPES:
-            return _TYPES[type](**fields)
+        if type in TYPES:
+            return TYPES[type](**fields)
         name = type if "." in type else f"vlm_jax.datasets.{type}"
         try:
             module = importlib.import_module(name)
@@ -68,7 +68,7 @@ def make_source(type: str, **fields: Any) -> Source:
             if error.name is None or not name.startswith(error.name):
                 raise
             raise records.DataError(
-                f"no data source type {type!r}; known: {', '.join(_TYPES)}, a module of "
+                f"no data source type {type!r}; known: {', '.join(TYPES)}, a module of "
                 f"vlm_jax.datasets, or a dotted name"
             ) from None
         return module.make_source(**fields)
@@ -103,7 +103,7 @@ class Memory:
 
     skipped: Sequence[tuple[str, str]] = ()
 
-    def __init__(self, records: Sequence[records.Record]):  # noqa: F811 - the config's key
+    def __init__(self, records: Sequence[records.Record]):
         self._records = records
 
     def __len__(self) -> int:
@@ -364,7 +364,7 @@ class Tfds:
         return [self._name, self._split, len(self)]
 
 
-_TYPES = {
+TYPES = {
     "array_record": ArrayRecord,
     "jsonl": JsonLines,
     "tar": TarShards,

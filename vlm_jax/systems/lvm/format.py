@@ -1,0 +1,193 @@
+"""Visual sentences: records of token ids in, rows for the language model out. Numpy only.
+
+    key        dtype[shape]     meaning
+    tokens     int32[B, T]      inputs
+    targets    int32[B, T]      the id that follows each input
+    weights    float32[B, T]    of each target in the loss; 0 is no loss
+    segments   int32[B, T]      0 is padding, sentences count from 1; all 1 in stream mode
+    positions  int32[B, T]      from 0 in each row (stream) or sentence (documents)
+
+A record is {"tokens": ids, ...}: base64 text of little-endian int32 (the reference's JSONL), or
+those bytes themselves (our ArrayRecord, see datasets/visual_sentences.py). Its ids are whole
+images in raster order, without BOS and EOS.
+
+Below the formatter: how images become sentences (spec 4.1). A layout returns the images of one
+sentence in order; tokenizing them is somebody else's job.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.data import images, packing, records
+
+
+@dataclasses.dataclass(frozen=True)
+class Formatter:
+    """Record -> ids and weights, by the reference's field language (spec 5.2).
+
+    Attributes:
+      max_tokens: T, tokens of a row.
+      fields: comma-separated: `{name}` the ids of that field, `<|123|>` an id, `<|bos|>`,
+        `<|eos|>`; in square brackets without loss. The published `,{tokens},` lost its angle
+        brackets; this default is its working form.
+      bos_id, eos_id: the two ids after the codebook.
+      vocab_size: ids must be below.
+    """
+
+    max_tokens: int = 4096  # upstream: 16 images of 256 tokens
+    fields: str = "<|bos|>,{tokens},<|eos|>"
+    bos_id: int = 8192  # upstream: codebook of 8192, then 100 special ids
+    eos_id: int = 8193
+    vocab_size: int = 8292
+
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise ValueError(f"formatter.max_tokens={self.max_tokens} must be positive")
+        self._items  # noqa: B018 - a mistake in `fields` shows before any data are read
+
+    def __call__(self, record: Mapping[str, Any], rng: Any = None) -> dict[str, np.ndarray]:
+        """One sentence as one row, padded, or cut at max_tokens."""
+        ids, weights = self.encode(record)
+        ids, weights = ids[: self.max_tokens + 1], weights[: self.max_tokens + 1]
+        size = len(ids) - 1
+        row = packing.blank_row(self.max_tokens)
+        row["tokens"][:size], row["targets"][:size] = ids[:-1], ids[1:]
+        row["weights"][:size], row["segments"][:size] = weights[1:], 1
+        row["positions"][:size] = np.arange(size)
+        return row
+
+    def encode(self, record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """ids int32[n] with BOS and EOS, and the loss weight float32[n] of each.
+
+        Raises:
+          BadRecordError: a field is missing or is not base64 of whole int32.
+          DataError: an id is not in [0, vocab_size): another tokenizer, not one bad record.
+        """
+        parts, weights = [], []
+        for item, weight in self._items:
+            ids = np.array([item], np.int32) if isinstance(item, int) else _ids(record, item)
+            parts.append(ids)
+            weights.append(np.full(len(ids), weight, np.float32))
+        ids = np.concatenate(parts)
+        outside = (ids < 0) | (ids >= self.vocab_size)
+        if outside.any():
+            place = int(outside.argmax())
+            raise records.DataError(
+                f"token id {ids[place]} at place {place} is outside [0, {self.vocab_size}); was "
+                f"the file made with another codebook? (formatter.vocab_size)"
+            )
+        return ids, np.concatenate(weights)
+
+    @functools.cached_property
+    def _items(self) -> list[tuple[int | str, float]]:
+        return [self._parse(item) for item in self.fields.split(",")]
+
+    def _parse(self, item: str) -> tuple[int | str, float]:
+        """("tokens", 1.0) for a field, (id, 1.0) for a literal; weight 0 in brackets."""
+        inner, weight = item, 1.0
+        if item.startswith("[") and item.endswith("]"):
+            inner, weight = item[1:-1], 0.0
+        if name := re.fullmatch(r"\{(\w+)\}", inner):
+            return name[1], weight
+        if literal := re.fullmatch(r"<\|(\d+|bos|eos)\|>", inner):
+            named = {"bos": self.bos_id, "eos": self.eos_id}
+            return int(named.get(literal[1], literal[1])), weight
+        raise ValueError(
+            f"formatter.fields={self.fields!r}: {item!r} is not {{name}}, <|id|>, <|bos|> or "
+            f"<|eos|> (in square brackets for no loss); there is no text tokenizer here"
+        )
+
+
+make_formatter = Formatter
+
+
+def _ids(record: Mapping[str, Any], name: str) -> np.ndarray:
+    if name not in record:
+        raise records.BadRecordError(f"no field {name!r} among {sorted(record)}")
+    value = record[name]
+    try:
+        if isinstance(value, str):
+            value = base64.b64decode(value, validate=True)
+        if isinstance(value, bytes):
+            return np.frombuffer(value, "<i4").astype(np.int32)
+    except (binascii.Error, ValueError) as error:
+        raise records.BadRecordError(f"field {name!r}: {error}") from error
+    return np.asarray(value, np.int32)
+
+
+def to_base64(ids: np.ndarray) -> str:
+    """The reference's JSONL form of ids."""
+    return base64.b64encode(np.asarray(ids, "<i4").tobytes()).decode()
+
+
+def video_clip(
+    frames_u8: np.ndarray, rng: np.random.Generator, *, num_images: int = 16, stride: int = 8
+) -> list[np.ndarray]:
+    """Frames at a constant stride, from a uniform start; a short clip lowers the stride.
+
+    Raises:
+      BadRecordError: fewer frames than images. (The reference takes another clip.)
+    """
+    count = len(frames_u8)
+    if count < num_images:
+        raise records.BadRecordError(f"{count} frames cannot give {num_images} images")
+    stride = min(stride, max(1, (count - 1) // max(1, num_images - 1)))
+    start = int(rng.integers(count - stride * (num_images - 1)))
+    return [frames_u8[start + stride * i] for i in range(num_images)]
+
+
+def category_groups(
+    by_class: Mapping[Any, Sequence[np.ndarray]],
+    rng: np.random.Generator,
+    *,
+    num_images: int = 16,
+    per_class: int = 4,
+) -> list[np.ndarray]:
+    """`per_class` different images of one class, then of the next, all drawn at random."""
+    eligible = sorted((key for key in by_class if len(by_class[key]) >= per_class), key=str)
+    wanted = num_images // per_class
+    if len(eligible) < wanted:
+        raise records.DataError(f"{len(eligible)} classes have {per_class} images, needs {wanted}")
+    chosen = rng.choice(len(eligible), wanted, replace=False)
+    sentence = []
+    for members in (by_class[eligible[i]] for i in chosen):
+        sentence += [members[i] for i in rng.choice(len(members), per_class, replace=False)]
+    return sentence
+
+
+def pairs(sources_u8: Sequence[np.ndarray], targets_u8: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """x1 y1 x2 y2 ...: one task shown by examples."""
+    if len(sources_u8) != len(targets_u8):
+        raise ValueError(f"{len(sources_u8)} sources for {len(targets_u8)} targets")
+    return [image for pair in zip(sources_u8, targets_u8) for image in pair]
+
+
+def colorization(images_u8: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """grey1 colour1 grey2 colour2 ..."""
+    return pairs([images.grey_u8(image) for image in images_u8], images_u8)
+
+
+def inpainting(images_u8: Sequence[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+    """masked1 image1 ...: a black square (3 in 10), or black patches of an 8 x 8 grid."""
+    masked = []
+    for image in images_u8:
+        height, width = image.shape[:2]
+        holes = np.zeros((height, width), bool)
+        if rng.random() < 0.3:  # probabilities and sizes of this function: spec 4.1
+            side = int(rng.integers(int(0.1 * height), int(0.5 * height)))
+            y, x = rng.integers(height - side + 1), rng.integers(width - side + 1)
+            holes[y : y + side, x : x + side] = True
+        else:
+            dropped = rng.random((8, 8)) >= rng.random()
+            holes = dropped[np.arange(height)[:, None] * 8 // height, np.arange(width) * 8 // width]
+        masked.append(np.where(holes[..., None], 0, image).astype(np.uint8))
+    return pairs(masked, images_u8)
