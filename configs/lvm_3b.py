@@ -1,7 +1,7 @@
 r"""LVM 3B: a LLaMA over visual sentences, from scratch (arXiv 2312.00785).
 
     python -m vlm_jax.main --config=configs/lvm_3b.py --workdir=$RUN \
-        --config.data.mixture.uvd.paths="$DATA/*.array_record"
+        --config.data.mixture.uvd.path="$DATA/*.array_record"
 
     python -m vlm_jax.main --config=configs/lvm_3b.py:tiny --workdir=runs/lvm      # any laptop
 
@@ -33,9 +33,9 @@ def full(preset, batch_size, steps):
     c.system = "lvm"
     c.model = dict(preset=preset, dtype="bfloat16", remat="full", max_tokens=4096)
     c.task = dict(loss_mean="row", attention="causal", tokenizer="")
-    c.formatter = dict(length=4096, codebook_size=8192, bos_id=8192, eos_id=8193)
+    c.formatter = dict(max_tokens=4096, bos_id=8192, eos_id=8193, vocab_size=8292)
     c.data = dict(
-        mixture=dict(uvd=dict(type="array_record", paths="", weight=1.0)),
+        mixture=dict(uvd=dict(type="array_record", path="", weight=1.0)),
         packing="stream",  # as upstream: sentences straddle rows, attention is not cut
     )
     c.optim = dict(
@@ -68,18 +68,12 @@ def tiny():
         codebook_size=codes, tokens_per_image=size, context_images=images - 1,
     )  # fmt: skip
     c.formatter = dict(
-        length=images * size + 1, codebook_size=codes, bos_id=codes, eos_id=codes + 1
+        max_tokens=images * size + 1, bos_id=codes, eos_id=codes + 1, vocab_size=codes + 100
     )
     c.prepare = dict(tokenizer="tiny", images=images)
-    records = dict(type="array_record", weight=1.0)
-    c.data = dict(
-        mixture=dict(demo=dict(paths="{workdir}/demo/train.array_record", **records)),
-        packing="documents",
-    )
-    heldout = dict(
-        mixture=dict(demo=dict(paths="{workdir}/demo/heldout.array_record", **records)),
-        packing="documents", shuffle=False,
-    )  # fmt: skip
+    shares = dict(video=2.0, colour=1.0, group=1.0)
+    c.data = dict(mixture=_sentences("train", shares), packing="documents")
+    heldout = dict(mixture=_sentences("heldout", shares), packing="documents")
     c.optim = dict(
         lr=2e-3, end_lr=1e-4, warmup_steps=40, decay_steps=0, weight_decay=0.1, decay=".*",
         b1=0.9, b2=0.95, clip_norm=1.0, trainable=".*", ema=0.0,
@@ -101,3 +95,11 @@ def tiny():
         ),
     )  # fmt: skip
     return c
+
+
+def _sentences(split, shares):
+    path = "{workdir}/demo/" + split
+    return {
+        kind: dict(type="array_record", path=f"{path}_{kind}.array_record", weight=share)
+        for kind, share in shares.items()
+    }

@@ -8,9 +8,11 @@ leftover keys of `config.evals.<name>`, among them `predict`, the name of the ta
         predict: str = "score"
         needs = ("logp",)
 
-        def run(self, *, task, predict, batches, out_dir) -> dict[str, float]:
+        def run(self, *, task, predict, batches, read, out_dir) -> dict[str, float]:
             # predict(batch) -> numpy arrays of the global batch; batches: one pass, each a dict of
-            # numpy arrays with `valid` bool[B], False on the rows that fill up the last batch;
+            # numpy arrays with `valid` bool[B], False on the rows that fill up the last batch,
+            # and `record_ids`, a list of names per row;
+            # read(fields of a DataConfig) -> batches of other data, for baselines;
             # pictures go to out_dir (None on all processes but the first).
 """
 
@@ -123,9 +125,16 @@ class Runner:
         predictor = self._predictor(evaluation.evaluator.predict)
 
         def predict(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-            mine = {key: x[rows] for key, x in batch.items() if x.dtype.kind in "biuf"}
+            mine = {key: x[rows] for key, x in batch.items() if isinstance(x, np.ndarray)}
             placed = sharding.place_batch(self._mesh, mine, rows, batch_size)
             return jax.tree.map(np.asarray, predictor(params, placed, rng))
+
+        def read(fields: Mapping[str, Any]) -> Iterator[dict[str, np.ndarray]]:
+            name = f"evals.{evaluation.name}"
+            data = config_lib.section(pipeline.DataConfig, fields, name)
+            config = dataclasses.replace(evaluation.config, max_batches=0)
+            other = dataclasses.replace(evaluation, data=data, config=config)
+            return _batches(other, self._formatter, self._seed)
 
         batches = _batches(evaluation, self._formatter, self._seed)
         folder = None
@@ -133,7 +142,7 @@ class Runner:
             folder = out_dir / evaluation.name
             folder.mkdir(parents=True, exist_ok=True)
         results = evaluation.evaluator.run(
-            task=self._task, predict=predict, batches=batches, out_dir=folder
+            task=self._task, predict=predict, batches=batches, read=read, out_dir=folder
         )
         return {f"eval/{evaluation.name}/{key}": float(x) for key, x in results.items()}
 
@@ -150,10 +159,13 @@ class Runner:
 
 def _batches(evaluation: Evaluation, formatter: Any, seed: int) -> Iterator[dict[str, np.ndarray]]:
     """One pass in order. Every process reads all rows: evaluators see whole batches."""
-    return pipeline.one_pass(
+    batches = pipeline.one_pass(
         evaluation.data,
         formatter,
         batch_size=evaluation.config.batch_size,
         max_batches=evaluation.config.max_batches,
         seed=seed,
     )
+    for batch in batches:
+        # Packed rows say by their weights which of them are only there to fill the batch.
+        yield batch if "valid" in batch else {**batch, "valid": batch["weights"].any(axis=1)}

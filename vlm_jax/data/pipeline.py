@@ -120,7 +120,8 @@ def one_pass(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every record once in file order, source after source, as whole batches (for evaluation).
 
-    The last batch is filled up with rows of zeros, whose weights (or `valid`) are 0.
+    A batch is its arrays and `record_ids`, the names of the records of every row. The last batch
+    is filled up with rows of zeros, whose weights (or `valid`) are 0.
 
     Args: as `make_batches`; max_batches: stop early, 0 reads everything.
     """
@@ -128,7 +129,7 @@ def one_pass(
     batches = Batches(config, formatter, _OnePass(table, batch_size, max_batches), 0)
     try:
         for batch in batches:
-            yield batch.arrays
+            yield {**batch.arrays, "record_ids": batch.record_ids}
     finally:
         batches.close()
 
@@ -148,7 +149,8 @@ class BadRecords:
         self._max_fraction, self._total = max_fraction, total
         for name, cause in skipped:
             self._name(name, cause)
-        self._check(len(skipped), total + len(skipped))
+        # Here bad records of the token count are among `total`; for the fraction it hardly matters.
+        _stop_if_too_many(max_fraction, len(skipped), total + len(skipped), self.causes)
 
     def add(self, seen: int, bad: Sequence[tuple[str, str]]) -> None:
         """Raises DataError when more than the allowed fraction is bad."""
@@ -158,23 +160,24 @@ class BadRecords:
             self._name(name, cause)
         # A few bad records early in a run say little about the fraction.
         if bad and (self.count > 10 or self.seen >= self._total or not self._max_fraction):
-            self._check(self.count, self.seen)
+            _stop_if_too_many(self._max_fraction, self.count, self.seen, self.causes)
 
     def _name(self, name: str, cause: str) -> None:
         if name not in self.causes:
             self.causes[name] = cause
             print(f"vlm_jax: bad record {len(self.causes)}: {name}: {cause}", file=sys.stderr)
 
-    def _check(self, bad: int, of: int) -> None:
-        if bad > self._max_fraction * of:
-            named = [
-                f"  {name}: {cause}" for name, cause in itertools.islice(self.causes.items(), 8)
-            ]
-            more = f"\n  and {len(self.causes) - 8} more" if len(self.causes) > 8 else ""
-            raise records.DataError(
-                f"{bad} of {of} records cannot be used, more than "
-                f"data.max_bad_fraction={self._max_fraction}:\n" + "\n".join(named) + more
-            )
+
+def _stop_if_too_many(max_fraction: float, bad: int, of: int, causes: Mapping[str, str]) -> None:
+    if bad <= max_fraction * of:
+        return
+    named = [f"  {name}: {cause}" for name, cause in itertools.islice(causes.items(), 8)]
+    if len(causes) > len(named):
+        named.append(f"  and {len(causes) - len(named)} more")
+    raise records.DataError(
+        f"{bad} of {of} records cannot be used, more than data.max_bad_fraction={max_fraction}:\n"
+        + "\n".join(named)
+    )
 
 
 class Batches:
@@ -295,7 +298,7 @@ class _Rows:
                 lengths, bad = _token_lengths(source, formatter)
                 self.skipped += bad
                 # Checked here already: without usable records there is nothing to plan.
-                BadRecords(config.max_bad_fraction, len(source) - len(bad), bad)
+                _stop_if_too_many(config.max_bad_fraction, len(bad), len(source), dict(bad))
                 plan = packing.PLANS[config.packing](lengths, shuffle, formatter.max_tokens)
             self._entries[name] = _Entry(source, shuffle, plan)
         self._documents = _DocumentCache(self)

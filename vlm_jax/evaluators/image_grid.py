@@ -16,10 +16,12 @@ class Evaluator:
     Attributes:
       predict: a predictor whose outputs `task.pictures(outputs)` understands.
       rows: sentences in the picture; evenly spaced over the batches that are read.
+      cell: side of an image in the picture, in pixels.
     """
 
     predict: str = "continue"
     rows: int = 8
+    cell: int = 96
 
     needs = ()
 
@@ -35,6 +37,12 @@ class Evaluator:
         chosen = np.linspace(0, len(pictures) - 1, min(self.rows, len(pictures))).round()
         if out_dir is not None:
             rows = [pictures[int(index)] for index in chosen]
-            images.save_png(images.draw_grid(rows), out_dir / "samples.png")
+            sheet = images.draw_grid(
+                [row["images"] for row in rows],
+                column_labels=rows[0]["columns"] if rows else (),
+                row_labels=[row["label"] for row in rows],
+                cell=self.cell,
+            )
+            (out_dir / "samples.png").write_bytes(images.encode(sheet))
         keys = scalars[0] if scalars else {}
         return {key: float(np.mean([numbers[key] for numbers in scalars])) for key in keys}
