@@ -51,7 +51,7 @@ def predict(args):
     out.mkdir(parents=True, exist_ok=True)
     for i, candidate in enumerate(made):
         for j, image in enumerate(candidate):
-            images.save_png(image, out / f"candidate_{i}_frame_{j}.png")
+            (out / f"candidate_{i}_frame_{j}.png").write_bytes(images.encode(image))
     shown = [images.resize(image, model.tokenizer.side) for image in prompt]
     names = [pathlib.Path(path).name for path in paths] + [f"new {j + 1}" for j in range(args.n)]
     grid = images.draw_grid(
@@ -59,5 +59,5 @@ def predict(args):
         column_labels=names,
         row_labels=[f"candidate {i}" for i in range(len(made))],
     )
-    images.save_png(grid, out / "grid.png")
+    (out / "grid.png").write_bytes(images.encode(grid))
     print(f"wrote {out / 'grid.png'} and {made.shape[0] * made.shape[1]} images")

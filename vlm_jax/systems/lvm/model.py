@@ -280,7 +280,8 @@ def from_run(
         params,
         images,
         context_images=context_images or task.context_images + 1,
-        lead_ids=formatter.lead_ids[: task.lead_tokens],
+        # What a row begins with: BOS, in the usual field list.
+        lead_ids=formatter.encode({"tokens": b""})[0][: task.lead_tokens],
     )
 
 

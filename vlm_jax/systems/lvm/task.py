@@ -109,7 +109,7 @@ class LvmTask:
         if length > self.cfg.max_tokens:
             raise ValueError(
                 f"rows of {length} tokens are longer than model.max_tokens={self.cfg.max_tokens}; "
-                f"lower formatter.length or raise model.max_tokens"
+                f"lower formatter.max_tokens or raise model.max_tokens"
             )
         if not np.any(batch["weights"]):
             raise ValueError("no token of the first batch carries loss; check formatter and data")
@@ -154,8 +154,12 @@ class LvmTask:
         columns = [f"context {i + 1}" for i in range(context)] + ["generated", "true"]
         made, true = outputs["ids"], batch["targets"][:, end - 1 : end - 1 + size]
         rows = [
-            {"label": "", "columns": columns, "images": list(row.reshape(-1, side, side, 3))}
-            for row in shown
+            {
+                "label": _kind(names),
+                "columns": columns,
+                "images": list(row.reshape(-1, side, side, 3)),
+            }
+            for row, names in zip(shown, batch["record_ids"])
         ]
         return rows, [{"token_match": float((a == b).mean())} for a, b in zip(made, true)]
 
@@ -193,6 +197,14 @@ class LvmTask:
         )
         ids = generate.generate(module.step, cache, prompt_bt, size, rng, sampler=sampler)
         return {"ids": jnp.squeeze(ids, 1)}
+
+
+def _kind(names: list[str]) -> str:
+    """'heldout_video.array_record:3' -> 'video 3', to label a row."""
+    if not names:
+        return ""
+    file, _, number = names[0].rpartition("/")[2].rpartition(":")
+    return f"{file.partition('.')[0].rpartition('_')[2]} {number}"
 
 
 @functools.lru_cache(maxsize=2)
