@@ -150,6 +150,10 @@ def test_speed_leaves_out_the_time_of_evaluations(monkeypatch):
         "speed/mfu": 0.5,
     }
     assert bar.speed(30) == {}
+    now[0] = 2000.0
+    bar.restart(31)
+    now[0] = 2004.0
+    assert bar.speed(33)["speed/steps_per_s"] == 0.5
 
 
 @pytest.mark.parametrize("matplotlib", [True, False])

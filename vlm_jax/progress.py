@@ -38,11 +38,11 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._drawn = False
         self._last_plain_s = float("-inf")
-        self._mark = (start, time.monotonic())  # where the window of `speed` begins
+        self._mark = (start, time.monotonic())  # where what `speed` measures begins
         self._paused_at_s: float | None = None
 
     def speed(self, step: int) -> dict[str, float]:
-        """Speed since the previous call; empty if no step was made. The first one compiles."""
+        """Speed since the previous call or `restart`; empty if no step was made since."""
         self.resume()
         now = time.monotonic()
         steps, seconds = step - self._mark[0], now - self._mark[1]
@@ -56,6 +56,10 @@ class Progress:
         if self._flops_per_step and self._peak_flops:
             speed["speed/mfu"] = rate * self._flops_per_step / self._peak_flops
         return speed
+
+    def restart(self, step: int) -> None:
+        """Forgets the time until now: the first step is mostly compilation."""
+        self._mark = (step, time.monotonic())
 
     def update(self, step: int, loss: float, speed: dict[str, float]) -> None:
         """Shows a step that `speed` has just measured."""

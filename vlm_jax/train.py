@@ -236,6 +236,8 @@ def fit(
         values = {key: float(x) for key, x in jax.device_get(metrics).items()}
         if not math.isfinite(values["loss"]):
             raise TrainingStopped(_explain_nonfinite(workdir, step, values, batch, rows))
+        if step == start + 1:
+            bar.restart(step)  # until here it was compiled
         if step % config.log_every == 0 or step == config.steps:
             speed = bar.speed(step)
             writer.write(step, {**{f"train/{k}": v for k, v in values.items()}, **speed})
