@@ -89,7 +89,8 @@ def check(evaluation: Evaluation, task: Any, params: Any, batch: Mapping[str, An
         raise config_lib.ConfigError(
             f"evals.{evaluation.name}.predict={name!r}{config_lib.nearest(name, task.predict)}"
         )
-    outputs = jax.eval_shape(task.predict[name], params, batch, jax.random.key(0))
+    arrays = {key: x for key, x in batch.items() if isinstance(x, np.ndarray)}
+    outputs = jax.eval_shape(task.predict[name], params, arrays, jax.random.key(0))
     missing = [key for key in needs if key not in outputs]
     if missing:
         raise config_lib.ConfigError(
