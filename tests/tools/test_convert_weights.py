@@ -95,6 +95,21 @@ def test_bad_input_is_one_message_and_exit_code_1(tmp_path, source, capsys, chan
     assert captured.out == "" and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ("{", "config.json: Expecting property name"),
+        ("[1]", "config.json: "),
+        ('{"hidden_size": 64}', "config.json: ['vocab_size'"),
+        ('{"system": "lvm", "model": {"wide": 1}}', "config.json: "),
+    ],
+)
+def test_bad_config_is_named(tmp_path, source, capsys, config, message):
+    (source / "config.json").write_text(config)
+    assert run(f"--from={source}", f"--to={tmp_path / 'out'}", "--format=hf", "--system=lvm") == 1
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_command_line_without_traceback(tmp_path, source):
     (source / "model.safetensors").write_bytes(b"\xff" * 100)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import serialization
 
-from vlm_jax.weights import gguf, readers
+from vlm_jax.weights import errors, gguf, readers
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 B = np.array([1.5, -2.0], ml_dtypes.bfloat16)
@@ -88,27 +88,27 @@ def test_index_that_disagrees_with_its_shards(sharded):
     content = json.loads(sharded.read_text())
     content["weight_map"]["ghost"] = "m-00001-of-00002.safetensors"
     sharded.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="ghost"):
+    with pytest.raises(errors.WeightsError, match="ghost"):
         readers.read(sharded)
 
 
 def test_index_cannot_point_out_of_its_folder(sharded):
     sharded.write_text(json.dumps({"weight_map": {"a": "../m.safetensors"}}))
-    with pytest.raises(ValueError, match="plain file names"):
+    with pytest.raises(errors.WeightsError, match="plain file names"):
         readers.read(sharded)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 60, -1])
 def test_truncated_safetensors(single, keep):
     single.write_bytes(single.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"model.safetensors.*cut off"):
+    with pytest.raises(errors.WeightsError, match=r"model.safetensors.*cut off"):
         readers.read(single)
 
 
 def test_safetensors_of_something_else(tmp_path):
     file = tmp_path / "x.safetensors"
     file.write_bytes(struct.pack("<Q", 4) + b"[1] " + bytes(40))
-    with pytest.raises(ValueError, match="not a safetensors file"):
+    with pytest.raises(errors.WeightsError, match="not a safetensors file"):
         readers.read(file)
 
 
@@ -128,7 +128,7 @@ def test_folder_without_weights(tmp_path):
 
 def test_ambiguous_folder(single):
     (single.parent / "other.safetensors").write_bytes(single.read_bytes())
-    with pytest.raises(ValueError, match="model.safetensors, other.safetensors; name one"):
+    with pytest.raises(errors.WeightsError, match="model.safetensors, other.safetensors; name one"):
         readers.read(single.parent)
 
 
@@ -142,12 +142,14 @@ def test_ambiguous_folder(single):
 )
 def test_unknown_extension_names_the_remedy(tmp_path, name, remedy):
     (tmp_path / name).write_bytes(b"123")
-    with pytest.raises(ValueError, match=remedy):
+    with pytest.raises(errors.WeightsError, match=remedy):
         readers.read(tmp_path / name)
 
 
 def test_unknown_prefix(single):
-    with pytest.raises(ValueError, match="unknown prefix 'param'.*trainstate_params, params"):
+    with pytest.raises(
+        errors.WeightsError, match="unknown prefix 'param'.*trainstate_params, params"
+    ):
         readers.read(f"param::{single}")
 
 
@@ -201,7 +203,7 @@ def test_malicious_pickle_is_refused_and_not_executed(tmp_path, form):
         file.write_bytes(pickle.dumps(state["evil"]))
     else:
         torch.save(state, file, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(ValueError, match=r"evil.pth: refused.*resave it as safetensors"):
+    with pytest.raises(errors.WeightsError, match=r"evil.pth: refused.*resave it as safetensors"):
         readers.read(file)
     assert not witness.exists()
 
@@ -211,7 +213,7 @@ def test_truncated_torch(tmp_path):
     file = tmp_path / "x.pth"
     torch.save({"a": torch.tensor(A)}, file)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="x.pth: refused"):
+    with pytest.raises(errors.WeightsError, match="x.pth: refused"):
         readers.read(file)
 
 
@@ -219,14 +221,14 @@ def test_torch_that_is_no_state_dict(tmp_path):
     torch = pytest.importorskip("torch")
     file = tmp_path / "x.pth"
     torch.save({"a": torch.tensor(A), "epoch": 3}, file)
-    with pytest.raises(ValueError, match=r"\['epoch'\] are not tensors"):
+    with pytest.raises(errors.WeightsError, match=r"\['epoch'\] are not tensors"):
         readers.read(file)
 
 
 def test_torch_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     (tmp_path / "x.bin").write_bytes(b"PK")
-    with pytest.raises(ImportError, match="pip install torch"):
+    with pytest.raises(errors.WeightsError, match="pip install torch"):
         readers.read(tmp_path / "x.bin")
 
 
@@ -263,7 +265,9 @@ def test_stream_of_a_training_state(tmp_path):
 def test_params_stream_read_as_training_state(tmp_path):
     file = tmp_path / "s"
     write_stream(file, {"w/a": A})
-    with pytest.raises(ValueError, match=r"no path begins with 'params/params/'; paths: \['w/a'"):
+    with pytest.raises(
+        errors.WeightsError, match=r"no path begins with 'params/params/'; paths: \['w/a'"
+    ):
         readers.read(f"trainstate_params::{file}")
 
 
@@ -292,16 +296,16 @@ def test_truncated_msgpack(tmp_path, kind):
     else:
         write_stream(file, {"a": A, "b": B})
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="cut off"):
+    with pytest.raises(errors.WeightsError, match="cut off"):
         readers.read(f"{kind}::{file}")
 
 
 def test_msgpack_behind_the_wrong_prefix(tmp_path):
     write_stream(tmp_path / "s", {"a": A})
-    with pytest.raises(ValueError, match="not the kind of msgpack"):
+    with pytest.raises(errors.WeightsError, match="not the kind of msgpack"):
         readers.read(f"flax_params::{tmp_path / 's'}")
     (tmp_path / "p").write_bytes(serialization.to_bytes({"a": A}))
-    with pytest.raises(ValueError, match="not the kind of msgpack"):
+    with pytest.raises(errors.WeightsError, match="not the kind of msgpack"):
         readers.read(f"params::{tmp_path / 'p'}")
 
 
@@ -372,15 +376,15 @@ def test_gguf_agrees_with_the_public_package(kind):
 def test_truncated_gguf(tmp_path, keep):
     file = tmp_path / "x.gguf"
     file.write_bytes(gguf_bytes({"f32": (0, (2, 3), A.tobytes())}, {"k": 7})[:keep])
-    with pytest.raises(ValueError, match="x.gguf: (cut off|not a GGUF)"):
+    with pytest.raises(errors.WeightsError, match="x.gguf: (cut off|not a GGUF)"):
         readers.read(file)
 
 
 def test_gguf_refusals(tmp_path):
     file = tmp_path / "x.gguf"
     file.write_bytes(bytes(100))
-    with pytest.raises(ValueError, match="not a GGUF file"):
+    with pytest.raises(errors.WeightsError, match="not a GGUF file"):
         readers.read(file)
     file.write_bytes(gguf_bytes({"w": (12, (256,), bytes(144))}, {}))
-    with pytest.raises(ValueError, match=r"'w' has ggml type 12; supported: F32, F16"):
+    with pytest.raises(errors.WeightsError, match=r"'w' has ggml type 12; supported: F32, F16"):
         readers.read(file)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -30,10 +31,15 @@ def test_reference_ids_and_images(tmp_path, golden_lvm, name, arrays_of, suffix)
         torch.save(state, tmp_path / "pytorch_model.bin")
     cfg, params = vqgan.load(tmp_path)
     arrays = np.load(golden_lvm / "io.npz")
-    network = functional.Functional(lambda rngs: model.Vqgan(cfg, rngs)).bind(params)
-    ids = network.encode(arrays[f"{arrays_of}.images_u8"] / np.float32(255))
+
+    @jax.jit
+    def there_and_back(params, image01):
+        network = functional.Functional(lambda rngs: model.Vqgan(cfg, rngs)).bind(params)
+        ids = network.encode(image01)
+        return ids, network.decode(ids).transpose(0, 3, 1, 2)
+
+    ids, image = there_and_back(params, arrays[f"{arrays_of}.images_u8"] / np.float32(255))
     np.testing.assert_array_equal(ids, arrays[f"{arrays_of}.ids"])
-    image = np.transpose(network.decode(ids), (0, 3, 1, 2))
     np.testing.assert_allclose(image, arrays[f"{arrays_of}.recon"], atol=1e-4)
 
 

@@ -24,12 +24,13 @@ import jax
 import numpy as np
 
 from vlm_jax.nn import functional
+from vlm_jax.weights import errors
 
 Tensors = Mapping[str, np.ndarray]
 _MAX_SHOWN = 40
 
 
-class ConversionError(ValueError):
+class ConversionError(errors.WeightsError):
     """Everything that does not fit between a checkpoint and a parameter tree.
 
     Attributes:

@@ -15,6 +15,7 @@ The low nibbles of the 16 bytes are values 0..15 of the block, the high nibbles 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from vlm_jax.weights import errors
 
 _BLOCK = 32
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
@@ -50,17 +53,17 @@ def open_file(path: str | os.PathLike) -> Gguf:
     """Maps the file and reads its directory.
 
     Raises:
-      ValueError: not a GGUF file, cut off, or a tensor type that is not in the table above.
+      WeightsError: not a GGUF file, cut off, or a tensor type that is not in the table above.
     """
     if os.path.getsize(path) < 24:
-        raise ValueError(f"{path}: not a GGUF file: only {os.path.getsize(path)} bytes")
+        raise errors.WeightsError(f"{path}: not a GGUF file: only {os.path.getsize(path)} bytes")
     data = np.memmap(path, dtype=np.uint8, mode="r")
     cursor = _Cursor(data, str(path))
     if cursor.take(4) != b"GGUF":
-        raise ValueError(f"{path}: not a GGUF file: it begins with {bytes(data[:4])!r}")
+        raise errors.WeightsError(f"{path}: not a GGUF file: it begins with {bytes(data[:4])!r}")
     version = cursor.scalar("I")
     if version not in (2, 3):
-        raise ValueError(f"{path}: GGUF version {version}; versions 2 and 3 are supported")
+        raise errors.WeightsError(f"{path}: GGUF version {version}; versions 2 and 3 are supported")
     num_tensors, num_metadata = cursor.scalar("Q"), cursor.scalar("Q")
     metadata = {}
     for _ in range(num_metadata):
@@ -77,15 +80,15 @@ def open_file(path: str | os.PathLike) -> Gguf:
     for name, shape, kind, offset in infos:
         if kind not in _TYPES:
             known = ", ".join(entry[0] for entry in _TYPES.values())
-            raise ValueError(
+            raise errors.WeightsError(
                 f"{path}: tensor {name!r} has ggml type {kind}; supported: {known}. Requantise "
                 "the file to one of these (llama.cpp: llama-quantize)"
             )
         _, block_bytes, block_values = _TYPES[kind]
-        size = int(np.prod(shape, dtype=np.int64)) // block_values * block_bytes
+        size = math.prod(shape) // block_values * block_bytes
         first = start + offset
         if first + size > len(data):
-            raise ValueError(
+            raise errors.WeightsError(
                 f"{path}: cut off: tensor {name!r} ends at byte {first + size}, the file has "
                 f"{len(data)}; fetch it again"
             )
@@ -125,7 +128,7 @@ class _Cursor:
 
     def take(self, size: int) -> bytes:
         if self.offset + size > len(self._data):
-            raise ValueError(
+            raise errors.WeightsError(
                 f"{self._path}: cut off inside the header: needs byte {self.offset + size}, the "
                 f"file has {len(self._data)}; fetch it again"
             )
@@ -144,9 +147,15 @@ class _Cursor:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
-            raise ValueError(f"{self._path}: unknown metadata type {kind} at byte {self.offset}")
+            raise errors.WeightsError(
+                f"{self._path}: unknown metadata type {kind} at byte {self.offset}"
+            )
         item, count = self.scalar("I"), self.scalar("Q")
         if item in _SCALARS:  # in one piece: token scores and types have vocabulary length
             code = f"{count}{_SCALARS[item]}"
             return list(struct.unpack("<" + code, self.take(struct.calcsize("<" + code))))
-        return [self.value(item) for _ in range(count)]
+        if item != _STRING:
+            raise errors.WeightsError(
+                f"{self._path}: array of unknown type {item} at byte {self.offset}"
+            )
+        return [self.string() for _ in range(count)]

@@ -24,7 +24,7 @@ import numpy as np
 
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
-from vlm_jax.weights import convert, readers
+from vlm_jax.weights import convert, errors, readers
 
 # Tables of angles that older conversions stored; computed here.
 _INV_FREQ = r".*rotary_emb\.inv_freq"
@@ -206,11 +206,11 @@ _LAYOUTS = {  # a name that only this layout has, wherever it stands -> how to r
 
 
 def layout_of(tensors: convert.Tensors) -> str:
-    """One of "hf", "easylm", "gguf", "native"; ValueError when the names tell nothing."""
+    """One of "hf", "easylm", "gguf", "native"; WeightsError when the names tell nothing."""
     for sign, (layout, _) in _LAYOUTS.items():
         if any(name == sign or name.endswith("/" + sign) for name in tensors):
             return layout
-    raise ValueError(
+    raise errors.WeightsError(
         f"{getattr(tensors, 'source', 'checkpoint')}: not a LLaMA checkpoint: none of "
         f"{list(_LAYOUTS)} among its tensors {sorted(tensors)[:5]} ..."
     )
@@ -253,17 +253,20 @@ def load_gguf(path: str | os.PathLike, **overrides) -> tuple[llama.LlamaConfig, 
 def config_of(tensors: convert.Tensors, path: str | os.PathLike) -> llama.LlamaConfig:
     """The config from GGUF metadata, else config.json beside the weights, else the shapes."""
     if layout_of(tensors) == "gguf":
-        return config_from_gguf(tensors.metadata, tied="output.weight" not in tensors)
+        try:
+            return config_from_gguf(tensors.metadata, tied="output.weight" not in tensors)
+        except KeyError as error:
+            raise errors.WeightsError(f"{path}: no {error} in the metadata") from error
     file = readers.folder_of(path) / "config.json"
     if not file.exists():
         return config_from_shapes(tensors)
     try:
         fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error})") from error
-    if "system" in fields:  # written by weights.export in the native format
-        return llama.LlamaConfig(**fields["model"])
-    return config_from_hf(fields)
+        if "system" in fields:  # written by weights.export in the native format
+            return llama.LlamaConfig(**fields["model"])
+        return config_from_hf(fields)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise errors.WeightsError(f"{file}: {error}") from error
 
 
 def config_from_hf(fields: Mapping[str, Any]) -> llama.LlamaConfig:
@@ -279,11 +282,11 @@ def config_from_hf(fields: Mapping[str, Any]) -> llama.LlamaConfig:
     }
     if any(wrong.values()):
         found = {key: fields.get(key, kind) for key, bad in wrong.items() if bad}
-        raise ValueError(f"config.json: {found} is not supported; plain LLaMA is")
+        raise errors.WeightsError(f"{found} is not supported; plain LLaMA is")
     needed = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size",
               "num_attention_heads")  # fmt: skip
     if absent := [key for key in needed if key not in fields]:
-        raise ValueError(f"config.json: {absent} missing; not a LLaMA config")
+        raise errors.WeightsError(f"{absent} missing; not a LLaMA config")
     cfg = llama.LlamaConfig(
         vocab_size=fields["vocab_size"],
         width=fields["hidden_size"],
@@ -331,12 +334,14 @@ def config_from_gguf(metadata: Mapping[str, Any], *, tied: bool) -> llama.LlamaC
     kind = metadata.get("general.architecture")
     scaling = metadata.get("llama.rope.scaling.type", "none")
     if kind != "llama" or scaling != "none":
-        raise ValueError(f"GGUF architecture {kind!r}, rope scaling {scaling!r}; need llama, none")
+        raise errors.WeightsError(
+            f"GGUF architecture {kind!r}, rope scaling {scaling!r}; need llama, none"
+        )
     get = {key.removeprefix("llama."): value for key, value in metadata.items()}
     width, heads = get["embedding_length"], get["attention.head_count"]
     head_width = get.get("attention.key_length", width // heads)
     if get.get("rope.dimension_count", head_width) != head_width:
-        raise ValueError(
+        raise errors.WeightsError(
             f"GGUF: rotary over {get['rope.dimension_count']} of {head_width} channels per head; "
             "only all of them are supported"
         )
@@ -370,7 +375,7 @@ def config_from_shapes(tensors: convert.Tensors, num_heads: int = 0) -> llama.Ll
     """
     layout = layout_of(tensors)
     if layout not in _RULES:
-        raise ValueError(f"{tensors.source}: the {layout} layout needs its config.json")
+        raise errors.WeightsError(f"{tensors.source}: the {layout} layout needs its config.json")
     if layout == "easylm":
         tensors = _below_params(tensors)
     theirs = {rule.ours: rule.theirs for rule in _RULES[layout]}
@@ -383,7 +388,9 @@ def config_from_shapes(tensors: convert.Tensors, num_heads: int = 0) -> llama.Ll
             for part in ("attn/q", "attn/k", "mlp/gate")
         )
     except KeyError as error:
-        raise ValueError(f"{tensors.source}: no tensor {error} to take the sizes from") from error
+        raise errors.WeightsError(
+            f"{tensors.source}: no tensor {error} to take the sizes from"
+        ) from error
     sizes = dict(vocab_size=vocab_size, width=width, depth=depth, mlp_width=mlp_width)
     tied = theirs["lm_head/kernel"] not in tensors
     rotary = [name for name in tensors if re.fullmatch(_INV_FREQ, name)]
@@ -394,7 +401,7 @@ def config_from_shapes(tensors: convert.Tensors, num_heads: int = 0) -> llama.Ll
         same = [p for p in llama.PRESETS.values()
                 if (p.width, p.depth, p.mlp_width) == (width, depth, mlp_width)]  # fmt: skip
         if not same:
-            raise ValueError(
+            raise errors.WeightsError(
                 f"{tensors.source}: width {width}, depth {depth}, MLP {mlp_width} fit no preset, "
                 "and shapes do not tell the number of heads; put a config.json beside the file"
             )

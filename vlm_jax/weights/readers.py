@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vlm_jax.weights import gguf
+from vlm_jax.weights import errors, gguf
 
 TORCH_SUFFIXES = (".bin", ".pth", ".pt")
 SAFETENSORS_DTYPES = {
@@ -72,13 +73,15 @@ def read(path: str | os.PathLike) -> Tensors:
 
     Raises:
       FileNotFoundError: nothing there, a shard is missing, or a folder without weights.
-      ValueError: unknown, ambiguous, cut off, damaged or unsafe file; the message names the remedy.
-      ImportError: a torch file, and torch is not installed.
+      WeightsError: unknown, ambiguous, cut off, damaged or unsafe file, or a torch file and torch
+        is missing or older than 2.6; the message names the remedy.
     """
     prefix, separator, rest = os.fspath(path).partition("::")
     if separator:
         if prefix not in _MSGPACK:
-            raise ValueError(f"unknown prefix {prefix!r} in {path}; known: {', '.join(_MSGPACK)}")
+            raise errors.WeightsError(
+                f"unknown prefix {prefix!r} in {path}; known: {', '.join(_MSGPACK)}"
+            )
         return _MSGPACK[prefix](_existing(rest))
     file = _existing(path)
     if file.is_dir():
@@ -93,11 +96,11 @@ def read(path: str | os.PathLike) -> Tensors:
         opened = gguf.open_file(file)
         return Tensors(opened.loaders, str(file), opened.metadata)
     if file.suffix == ".msgpack" or file.name.startswith("streaming_"):
-        raise ValueError(
+        raise errors.WeightsError(
             f"{file}: say what the msgpack holds with a prefix, for example params::{file} "
             f"(one of {', '.join(p + '::' for p in _MSGPACK)})"
         )
-    raise ValueError(
+    raise errors.WeightsError(
         f"{file}: unknown extension {file.suffix!r}; expected .safetensors, "
         f"{', '.join(TORCH_SUFFIXES)}, .gguf, an .index.json of shards, a folder holding one of "
         "these, or an EasyLM file behind a prefix such as params::"
@@ -125,7 +128,9 @@ def _weights_in(folder: pathlib.Path) -> pathlib.Path:
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
             names = ", ".join(file.name for file in found)
-            raise ValueError(f"{folder} holds several {pattern}: {names}; name one of them")
+            raise errors.WeightsError(
+                f"{folder} holds several {pattern}: {names}; name one of them"
+            )
         if found:
             return found[0]
     raise FileNotFoundError(f"{folder} holds no weights; looked for {', '.join(patterns)}")
@@ -136,9 +141,9 @@ def _read_shards(index: pathlib.Path) -> Tensors:
         weight_map = json.loads(index.read_text())["weight_map"]
         shards = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: not an index of shards ({error!r})") from error
+        raise errors.WeightsError(f"{index}: not an index of shards ({error!r})") from error
     if any(pathlib.PurePath(name).name != name for name in shards):
-        raise ValueError(f"{index}: shard names must be plain file names: {shards}")
+        raise errors.WeightsError(f"{index}: shard names must be plain file names: {shards}")
     absent = [name for name in shards if not (index.parent / name).exists()]
     if absent:
         raise FileNotFoundError(f"{index}: missing shards: {', '.join(absent)}")
@@ -148,7 +153,7 @@ def _read_shards(index: pathlib.Path) -> Tensors:
     ]
     lost = [name for name, shard in weight_map.items() if name not in opened[shard]]
     if unlisted or lost:
-        raise ValueError(f"{index} and its shards disagree: not in shards {lost}, "
+        raise errors.WeightsError(f"{index} and its shards disagree: not in shards {lost}, "
                          f"not in the index {unlisted}")  # fmt: skip
     loaders = {name: _item(opened[shard], name) for name, shard in weight_map.items()}
     return Tensors(loaders, str(index))
@@ -167,21 +172,27 @@ def _read_safetensors(file: pathlib.Path) -> Tensors:
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ValueError(f"{file}: cut off or not safetensors: its header wants {length} "
-                             f"bytes, the file has {size}")  # fmt: skip
+            raise errors.WeightsError(
+                f"{file}: cut off or not safetensors: its header wants {length} bytes, the file "
+                f"has {size}"
+            )
         try:
             header = json.loads(stream.read(length))
             metadata = header.pop("__metadata__", {})
             entries = {name: _entry(**info) for name, info in header.items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{file}: not a safetensors file ({error!r})") from error
+            raise errors.WeightsError(f"{file}: not a safetensors file ({error!r})") from error
     start = 8 + length
     for name, (dtype, shape, begin, end) in entries.items():
-        if end - begin != dtype.itemsize * int(np.prod(shape, dtype=np.int64)) or begin < 0:
-            raise ValueError(f"{file}: {name} is {dtype}{shape} but has {end - begin} bytes")
+        if end - begin != dtype.itemsize * math.prod(shape) or begin < 0:
+            raise errors.WeightsError(
+                f"{file}: {name} is {dtype}{shape} but has {end - begin} bytes"
+            )
         if start + end > size:
-            raise ValueError(f"{file}: cut off: {name} ends at byte {start + end}, the file has "
-                             f"{size}; fetch it again")  # fmt: skip
+            raise errors.WeightsError(
+                f"{file}: cut off: {name} ends at byte {start + end}, the file has {size}; fetch "
+                "it again"
+            )
     data = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))[start:]
 
     def loader(dtype, shape, begin, end):
@@ -192,7 +203,7 @@ def _read_safetensors(file: pathlib.Path) -> Tensors:
 
 def _entry(dtype: str, shape: list[int], data_offsets: list[int]) -> tuple:
     begin, end = data_offsets
-    return np.dtype(SAFETENSORS_DTYPES[dtype]), tuple(shape), begin, end
+    return np.dtype(SAFETENSORS_DTYPES[dtype]), tuple(map(int, shape)), int(begin), int(end)
 
 
 # ---- torch -----------------------------------------------------------------------------------
@@ -203,29 +214,31 @@ def _read_torch(file: pathlib.Path) -> Tensors:
     try:
         import torch
     except ImportError as error:
-        raise ImportError(
+        raise errors.WeightsError(
             f"{file} needs torch to be read: pip install torch, or convert the file to safetensors"
         ) from error
     # Before 2.6 the restricted loader itself could be made to run code (CVE-2025-32434).
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
-        raise ImportError(f"{file}: torch {torch.__version__} is unsafe here; 2.6 or newer needed")
+        raise errors.WeightsError(
+            f"{file}: torch {torch.__version__} is unsafe here; 2.6 or newer needed"
+        )
     with open(file, "rb") as stream:
         is_zip = stream.read(2) == b"PK"  # files written by torch before 1.6 are not, nor mappable
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # torch raises many kinds, all mean: not a plain file of tensors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(
+        raise errors.WeightsError(
             f"{file}: refused: not a plain, complete file of tensors ({reason}). Nothing in it was "
             "executed. If you trust its origin, resave it as safetensors where it was made"
         ) from error
     while isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping):
-        raise ValueError(f"{file}: holds a {type(state).__name__}, not a state dict")
+        raise errors.WeightsError(f"{file}: holds a {type(state).__name__}, not a state dict")
     others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if others:
-        raise ValueError(f"{file}: not a state dict: {others[:5]} are not tensors")
+        raise errors.WeightsError(f"{file}: not a state dict: {others[:5]} are not tensors")
 
     def loader(tensor):
         if tensor.dtype == torch.bfloat16:
@@ -247,7 +260,7 @@ def _read_stream(file: pathlib.Path, below: str = "") -> Tensors:
             if unpacker.tell() == file.stat().st_size:
                 return
             if unpacker.read_array_header() != 2:
-                raise ValueError("an item is not a pair (path, bytes)")
+                raise errors.WeightsError("an item is not a pair (path, bytes)")
             yield "/".join(unpacker.unpack())
 
     spans = _spans(file, entries)
@@ -258,7 +271,9 @@ def _read_stream(file: pathlib.Path, below: str = "") -> Tensors:
         if name.startswith(below)
     }
     if not loaders:
-        raise ValueError(f"{file}: no path begins with {below!r}; paths: {list(spans)[:5]} ...")
+        raise errors.WeightsError(
+            f"{file}: no path begins with {below!r}; paths: {list(spans)[:5]} ..."
+        )
     return Tensors(loaders, str(file))
 
 
@@ -294,11 +309,19 @@ def _spans(file: pathlib.Path, entries: Callable) -> dict[str, tuple[int, int]]:
         unpacker = msgpack.Unpacker(stream, read_size=1 << 20, max_buffer_size=2**32 - 1)
         try:
             for name in entries(unpacker):
+                if name in spans:
+                    raise errors.WeightsError(f"{name} comes twice")
                 begin = unpacker.tell()
                 unpacker.skip()
                 spans[name] = begin, unpacker.tell()
-        except (msgpack.exceptions.UnpackException, ValueError, TypeError, IndexError) as error:
-            raise ValueError(
+        except (
+            msgpack.exceptions.UnpackException,
+            ValueError,
+            TypeError,
+            IndexError,
+            RecursionError,
+        ) as error:
+            raise errors.WeightsError(
                 f"{file}: cut off or not the kind of msgpack its prefix says, near byte "
                 f"{unpacker.tell()} of {file.stat().st_size} ({error!r})"
             ) from error
@@ -322,7 +345,7 @@ def _leaf(raw: Any, name: str) -> np.ndarray:
         value = np.concatenate(ordered[1]).reshape([int(size) for size in ordered[0]])
     value = np.asarray(value)
     if value.dtype == object:
-        raise ValueError(f"{name}: holds no array but {type(value[()]).__name__}")
+        raise errors.WeightsError(f"{name}: holds no array but {type(value[()]).__name__}")
     return value
 
 
@@ -331,7 +354,7 @@ def _array(code: int, data: bytes) -> np.ndarray:
     import msgpack
 
     if code not in (1, 3):
-        raise ValueError(f"msgpack extension type {code} is not an array")
+        raise errors.WeightsError(f"msgpack extension type {code} is not an array")
     shape, dtype, raw = msgpack.unpackb(data, max_bin_len=2**32 - 1)
     dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     return np.frombuffer(raw, dtype).reshape(shape)

@@ -13,7 +13,7 @@ from typing import Any
 
 from vlm_jax.models import vqgan
 from vlm_jax.nn import functional
-from vlm_jax.weights import convert, readers
+from vlm_jax.weights import convert, errors, readers
 
 
 def _weight(match) -> str:
@@ -61,11 +61,11 @@ def to_hf(params: Mapping[str, Any], cfg: vqgan.VqganConfig) -> dict[str, Callab
 
 
 def layout_of(tensors: convert.Tensors) -> str:
-    """One of "hf", "native"; ValueError when the names tell nothing."""
+    """One of "hf", "native"; WeightsError when the names tell nothing."""
     for sign, layout in (("quantize.embedding.weight", "hf"), ("quantize/embedding", "native")):
         if sign in tensors:
             return layout
-    raise ValueError(
+    raise errors.WeightsError(
         f"{getattr(tensors, 'source', 'checkpoint')}: not a VQGAN checkpoint: no "
         f"quantize.embedding.weight among its tensors {sorted(tensors)[:5]} ..."
     )
@@ -105,11 +105,11 @@ def config_of(tensors: convert.Tensors, path: str | os.PathLike) -> vqgan.VqganC
                                 f"{', '.join(vqgan.PRESETS)}")  # fmt: skip
     try:
         fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error})") from error
-    if "system" in fields:  # written by weights.export in the native format
-        return vqgan.VqganConfig(**fields["model"])
-    return config_from_hf(fields)
+        if "system" in fields:  # written by weights.export in the native format
+            return vqgan.VqganConfig(**fields["model"])
+        return config_from_hf(fields)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise errors.WeightsError(f"{file}: {error}") from error
 
 
 _FIELDS = {  # upstream key -> our field, where both mean the same
@@ -130,9 +130,9 @@ def config_from_hf(fields: Mapping[str, Any]) -> vqgan.VqganConfig:
     """Upstream config.json -> our config. Every size must be there: upstream's defaults differ."""
     needed = (set(_FIELDS) - {"commitment_cost"}) | {"no_attn_mid_block"}
     if absent := sorted(needed - set(fields)):
-        raise ValueError(f"config.json: {absent} missing; not a VQGAN config")
+        raise errors.WeightsError(f"{absent} missing; not a VQGAN config")
     if not fields.get("resample_with_conv", True):
-        raise ValueError("config.json: resample_with_conv=false is not supported; only true is")
+        raise errors.WeightsError("resample_with_conv=false is not supported; only true is")
     sizes = {ours: fields[theirs] for theirs, ours in _FIELDS.items() if theirs in fields}
     # Not upstream's key: there the groups are always 32.
     groups = fields.get("norm_groups", 32)
