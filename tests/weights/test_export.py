@@ -38,6 +38,7 @@ def test_native_round_trip(tmp_path, loaded):
         np.testing.assert_array_equal(functional.flatten(back)[path], array)
 
 
+@pytest.mark.slow
 def test_transformers_reads_it_and_never_stops_at_code_2(tmp_path, golden_lvm, loaded):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")

@@ -50,7 +50,7 @@ def test_reference_logits(golden_lvm, params, cfg):
     arrays = np.load(golden_lvm / "io.npz")
     network = functional.Functional(lambda rngs: model.Llama(cfg, rngs)).bind(params)
     logits = network(arrays["lm.input_ids"]).logits
-    np.testing.assert_allclose(logits, arrays["lm.logits"], atol=2e-4)  # golden/lvm/README
+    np.testing.assert_allclose(logits, arrays["lm.logits"], atol=2e-4)
 
 
 def test_released_stream_is_the_same_model_to_bf16_rounding(golden_lvm, params, cfg):

@@ -81,7 +81,7 @@ def test_released_config_and_names():
     cfg = model.PRESETS["f16_8192"]
     assert vqgan.config_from_hf(vqgan.config_to_hf(cfg)) == cfg
     shapes = convert.reverted_shapes(vqgan.abstract_params(cfg), vqgan.HF_RULES)
-    # specs: 277 tensors, 146,244,675 parameters
+    # released checkpoint: 277 tensors, 146,244,675 parameters
     assert len(shapes) == 277
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == 146_244_675
     assert shapes["decoder.up.4.block.0.conv1.weight"] == (768, 768, 3, 3)
@@ -98,3 +98,14 @@ def test_configs_that_are_refused(tmp_path, golden_lvm):
     (tmp_path / "x.safetensors").write_bytes((golden_lvm / "vqgan.safetensors").read_bytes())
     with pytest.raises(FileNotFoundError, match="config.json not found.*f16_8192"):
         vqgan.load(tmp_path)
+
+
+def test_names_that_come_with_the_package(tmp_path, golden_lvm, monkeypatch):
+    cfg = vqgan.config_from_hf(config_of(golden_lvm, "vqgan"))
+    params = vqgan.from_hf(readers.read(golden_lvm / "vqgan.safetensors"), cfg)
+    export.write(tmp_path, export.native("vqgan", params, cfg, "float16"))
+    monkeypatch.setitem(vqgan.SHIPPED, "mini", str(tmp_path))  # an absolute path wins a join
+    got, back = vqgan.load("mini")
+    assert got == cfg
+    assert back["quant_conv"]["bias"].dtype == np.float32  # small on disk, float32 in use
+    np.testing.assert_allclose(back["quant_conv"]["bias"], params["quant_conv"]["bias"], rtol=1e-3)

@@ -119,6 +119,11 @@ def _targets(abstract: Mapping[str, Any], rules: Iterable[Rule]) -> list[_Target
     return found
 
 
+def source_of(tensors: Tensors) -> str:
+    """Where the tensors come from, for messages."""
+    return getattr(tensors, "source", "checkpoint")
+
+
 def ignored(tensors: Iterable[str], ignore: Sequence[str]) -> list[str]:
     """The names that match one of the `ignore` patterns as a whole."""
     return [name for name in tensors if any(re.fullmatch(pattern, name) for pattern in ignore)]
@@ -180,7 +185,7 @@ def convert(
             array = _place(array, placed[target.path])
         result[target.path] = array
     if errors:
-        raise ConversionError(getattr(tensors, "source", "checkpoint"), errors)
+        raise ConversionError(source_of(tensors), errors)
     return functional.unflatten(result)
 
 

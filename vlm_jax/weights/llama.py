@@ -211,7 +211,7 @@ def layout_of(tensors: convert.Tensors) -> str:
         if any(name == sign or name.endswith("/" + sign) for name in tensors):
             return layout
     raise errors.WeightsError(
-        f"{getattr(tensors, 'source', 'checkpoint')}: not a LLaMA checkpoint: none of "
+        f"{convert.source_of(tensors)}: not a LLaMA checkpoint: none of "
         f"{list(_LAYOUTS)} among its tensors {sorted(tensors)[:5]} ..."
     )
 
@@ -375,7 +375,9 @@ def config_from_shapes(tensors: convert.Tensors, num_heads: int = 0) -> llama.Ll
     """
     layout = layout_of(tensors)
     if layout not in _RULES:
-        raise errors.WeightsError(f"{tensors.source}: the {layout} layout needs its config.json")
+        raise errors.WeightsError(
+            f"{convert.source_of(tensors)}: the {layout} layout needs its config.json"
+        )
     if layout == "easylm":
         tensors = _below_params(tensors)
     theirs = {rule.ours: rule.theirs for rule in _RULES[layout]}
@@ -389,7 +391,7 @@ def config_from_shapes(tensors: convert.Tensors, num_heads: int = 0) -> llama.Ll
         )
     except KeyError as error:
         raise errors.WeightsError(
-            f"{tensors.source}: no tensor {error} to take the sizes from"
+            f"{convert.source_of(tensors)}: no tensor {error} to take the sizes from"
         ) from error
     sizes = dict(vocab_size=vocab_size, width=width, depth=depth, mlp_width=mlp_width)
     tied = theirs["lm_head/kernel"] not in tensors
@@ -402,8 +404,8 @@ def config_from_shapes(tensors: convert.Tensors, num_heads: int = 0) -> llama.Ll
                 if (p.width, p.depth, p.mlp_width) == (width, depth, mlp_width)]  # fmt: skip
         if not same:
             raise errors.WeightsError(
-                f"{tensors.source}: width {width}, depth {depth}, MLP {mlp_width} fit no preset, "
-                "and shapes do not tell the number of heads; put a config.json beside the file"
+                f"{convert.source_of(tensors)}: width {width}, depth {depth}, MLP {mlp_width} fit "
+                "no preset, and shapes do not tell the number of heads; put a config.json beside it"
             )
         base, num_heads = same[0], same[0].num_heads
     return _normal(

@@ -6,6 +6,7 @@ Our paths are the upstream names with '/' for '.'; a convolution is (out, in, kh
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -66,7 +67,7 @@ def layout_of(tensors: convert.Tensors) -> str:
         if sign in tensors:
             return layout
     raise errors.WeightsError(
-        f"{getattr(tensors, 'source', 'checkpoint')}: not a VQGAN checkpoint: no "
+        f"{convert.source_of(tensors)}: not a VQGAN checkpoint: no "
         f"quantize.embedding.weight among its tensors {sorted(tensors)[:5]} ..."
     )
 
@@ -83,14 +84,25 @@ def ignorable(cfg: vqgan.VqganConfig) -> tuple[str, ...]:
     return ()
 
 
+# Name -> folder of the package, in the native format.
+SHIPPED = {"tiny": "assets/vqgan_tiny"}
+
+
 def load(
     path: str | os.PathLike, cfg: vqgan.VqganConfig | None = None, shardings=None
 ) -> tuple[vqgan.VqganConfig, dict[str, Any]]:
-    """Reads a folder or file; without `cfg`, a config.json beside the weights is needed.
+    """Reads a tokenizer.
+
+    Args:
+      path: a folder or file, see `readers.read`, or "tiny", which comes with the package.
+      cfg: sizes; None takes them from the config.json beside the weights.
+      shardings: see `convert.convert`.
 
     Returns:
       (config, parameters).
     """
+    if path in SHIPPED:
+        path = str(importlib.resources.files("vlm_jax") / SHIPPED[path])
     tensors = readers.read(path)
     cfg = cfg or config_of(tensors, path)
     return cfg, from_tensors(tensors, cfg, shardings)
