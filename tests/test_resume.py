@@ -57,16 +57,23 @@ def test_after_sigterm(numbers, uninterrupted, stopped, tmp_path):
     said = tiny_system.train(workdir, numbers)
     assert f"resuming from step {step} of 40" in said
     assert tiny_system.metrics(workdir) == uninterrupted
+    # Told once more, a finished run adds nothing.
+    tiny_system.train(workdir, numbers)
+    assert tiny_system.metrics(workdir) == uninterrupted
 
 
 def test_stopping_at_the_step_of_an_evaluation_loses_no_line(numbers, uninterrupted, tmp_path):
-    run = tiny_system.Run(tmp_path, numbers, _SLOWLY)
-    run.wait_for_step(9)
-    time.sleep(0.05)  # often, not always, within step 10
+    every_step = "--config.evals.held_out.every=1"
+    run = tiny_system.Run(tmp_path, numbers, _SLOWLY, every_step)
+    run.wait_for_step(3)
     run.stop(signal.SIGTERM)
     assert run.finish() == 0, run.said()
-    tiny_system.train(tmp_path, numbers)
-    assert tiny_system.metrics(tmp_path) == uninterrupted
+    tiny_system.train(tmp_path, numbers, every_step)
+    lines = tiny_system.metrics(tmp_path)
+    assert [line["step"] for line in lines] == [step for step in range(1, 41) for _ in range(2)]
+    assert lines[0::2] == [line for line in uninterrupted if "train/loss" in line]
+    evaluations = [line for line in uninterrupted if "train/loss" not in line]
+    assert lines[19::20] == evaluations and "eval/held_out/perplexity" in evaluations[0]
 
 
 def _unfinished_saves(workdir):
@@ -129,10 +136,3 @@ def test_another_model_in_the_workdir_is_refused(numbers, stopped, tmp_path):
     said = run.said()
     assert "params/embed/table: checkpoint float32[32, 16], model float32[32, 32]" in said
     assert "Traceback" not in said
-
-
-def test_a_finished_run_told_again_adds_nothing(numbers, uninterrupted, stopped, tmp_path):
-    workdir, _ = _copy(stopped, tmp_path)
-    tiny_system.train(workdir, numbers)
-    tiny_system.train(workdir, numbers)
-    assert tiny_system.metrics(workdir) == uninterrupted
