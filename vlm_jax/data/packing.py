@@ -11,7 +11,8 @@ attention is not blocked at their borders. With T = 4 and the documents abc, de,
     targets   b c d e   f g h i   j a b c        positions 0 1 2 3 ...
 
 "documents": whole documents, first fit over a bounded window of open rows; longer ones are cut.
-The last id of a piece is only a target. With T = 4:
+The last id of a piece is only a target, so T = the usual length - 1 cuts nothing, and a T just
+below that leaves rests of a few tokens. With T = 4:
 
     tokens    a b d .   f g h i                  segments  1 1 2 0   1 1 1 1
     targets   b c e .   g h i j                  positions 0 1 0 0   0 1 2 3

@@ -50,7 +50,9 @@ def require(module: str, extra: str = "data") -> types.ModuleType:
 
 def pack(record: Record) -> bytes:
     """The record as msgpack; arrays must have been turned into bytes."""
-    return require("msgpack").packb(record, use_bin_type=True)
+    import msgpack
+
+    return msgpack.packb(record, use_bin_type=True)
 
 
 def unpack(content: bytes) -> Record:
@@ -59,8 +61,10 @@ def unpack(content: bytes) -> Record:
     Raises:
       BadRecordError: the bytes are not a msgpack map.
     """
+    import msgpack
+
     try:
-        record = require("msgpack").unpackb(content, raw=False)
+        record = msgpack.unpackb(content, raw=False)
     except (ValueError, TypeError) as error:  # msgpack's errors are ValueErrors
         raise BadRecordError(f"not a msgpack record: {error}") from error
     if not isinstance(record, dict):

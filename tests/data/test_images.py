@@ -1,0 +1,144 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_jax.data import images
+
+
+def encoded(image, **options):
+    stream = io.BytesIO()
+    image.save(stream, **({"format": "png"} | options))
+    return stream.getvalue()
+
+
+def gradient(height=6, width=8):
+    y, x = np.mgrid[:height, :width]
+    return np.stack([y * 20, x * 20, y + x], -1).astype(np.uint8)
+
+
+def png_of_size(width, height):
+    """A valid PNG header and nearly no data: what a decompression bomb looks like."""
+
+    def chunk(kind, content):
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
+
+
+def test_resize_is_the_reference(golden_lvm):
+    golden = np.load(golden_lvm / "io.npz")
+    resized = images.resize(golden["prep.src_u8"], 256)
+    assert resized.shape == (256, 256, 3)
+    np.testing.assert_array_equal(resized[:64], golden["prep.resized256_rows0_63_u8"])
+    np.testing.assert_array_equal(resized[192:], golden["prep.resized256_rows192_255_u8"])
+
+
+def test_decode_then_resize_is_the_reference(golden_lvm):
+    golden = np.load(golden_lvm / "io.npz")
+    decoded = images.decode(images.encode(golden["prep.src_u8"]))
+    np.testing.assert_array_equal(decoded, golden["prep.src_u8"])
+
+
+def test_grey_is_the_reference(golden_lvm):
+    golden = np.load(golden_lvm / "io.npz")
+    grey = images.grey(images.to01(golden["vq.images_u8"][golden["prep.gray_src_index"]]))
+    assert grey.dtype == np.float32
+    for channel in range(3):
+        np.testing.assert_allclose(grey[..., channel], golden["prep.gray"], atol=1e-6)
+
+
+def test_bytes_and_floats():
+    image = gradient()
+    np.testing.assert_array_equal(images.to_u8(images.to01(image)), image)
+    values = np.array([-0.5, 0.5, 0.999, 2.0], np.float32)
+    np.testing.assert_array_equal(images.to_u8(values), [0, 128, 255, 255])
+    np.testing.assert_array_equal(images.to_u8(values, truncate=True), [0, 127, 254, 255])
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "CMYK", "YCbCr"])
+def test_every_mode_becomes_rgb(mode):
+    image = Image.fromarray(gradient()).convert(mode)
+    options = {"format": "tiff"} if mode in ("CMYK", "YCbCr") else {}
+    decoded = images.decode(encoded(image, **options))
+    assert decoded.shape == (6, 8, 3) and decoded.dtype == np.uint8
+    np.testing.assert_array_equal(decoded, np.array(image.convert("RGB")))
+
+
+def test_16_bit_grey_keeps_the_high_byte():
+    wide = np.array([[0, 255, 256, 65535]], np.uint16)
+    decoded = images.decode(encoded(Image.fromarray(wide)))
+    assert decoded[0, :, 0].tolist() == [0, 0, 1, 255]
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show rotated by 90 degrees clockwise
+    content = encoded(Image.fromarray(gradient(6, 8)), exif=exif)
+    np.testing.assert_array_equal(images.decode(content), np.rot90(gradient(6, 8), -1))
+
+
+def test_bomb_is_refused_from_its_header():
+    with pytest.raises(images.ImageError, match=r"bomb\.png: .*20000.*"):
+        images.decode(png_of_size(20_000, 10_000), name="bomb.png")
+    # Under Pillow's own limit, ours counts.
+    with pytest.raises(images.ImageError, match="10000x8000 = 80000000 pixels is over the limit"):
+        images.decode(png_of_size(10_000, 8_000))
+
+
+def test_truncated_image(tmp_path):
+    path = tmp_path / "half.jpg"
+    content = encoded(Image.fromarray(np.tile(gradient(), (20, 20, 1))), format="jpeg")
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(images.ImageError, match=r"half\.jpg: .*truncated"):
+        images.decode(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\0" * 99]
+)
+def test_other_bytes_are_not_images(content):
+    with pytest.raises(images.ImageError, match="x.bin: not an image of a supported format"):
+        images.decode(content, name="x.bin")
+
+
+def test_missing_file_and_damaged_header(tmp_path):
+    with pytest.raises(images.ImageError, match="nowhere.png: cannot read: No such file"):
+        images.decode(tmp_path / "nowhere.png")
+    good = encoded(Image.fromarray(gradient()))
+    for place in range(8, len(good), 5):  # one flipped byte: an image or an ImageError
+        damaged = good[:place] + bytes([good[place] ^ 0x55]) + good[place + 1 :]
+        try:
+            assert images.decode(damaged).ndim == 3
+        except images.ImageError as error:
+            assert str(len(good)) in str(error)
+
+
+def test_squares_and_crops():
+    image = gradient(6, 8)
+    np.testing.assert_array_equal(images.crop_square(image), image[:, 1:7])
+    padded = images.pad_square(image, 9)
+    assert padded.shape == (8, 8, 3) and (padded[0] == 9).all()
+    np.testing.assert_array_equal(padded[1:7], image)
+    rng = np.random.default_rng(0)
+    sides = {images.random_crop(image, rng, min_side=4).shape for _ in range(50)}
+    assert sides == {(4, 4, 3), (5, 5, 3), (6, 6, 3)}
+
+
+def test_grid_places_images_and_labels():
+    red, blue = np.zeros((2, 4, 4, 3), np.uint8)
+    red[..., 0], blue[..., 2] = 255, 255
+    plain = images.draw_grid([[red, blue], [None, red]], cell=8, gap=2)
+    assert plain.shape == (2 + 2 * 10, 2 + 2 * 10, 3)
+    assert plain[2:10, 2:10].reshape(-1, 3).tolist() == [[255, 0, 0]] * 64
+    assert (plain[12:20, 2:10] == 255).all() and plain[12, 12].tolist() == [255, 0, 0]
+    labelled = images.draw_grid(
+        [[red, blue]], column_labels=["context image", "b"], row_labels=["row"], cell=64
+    )
+    assert labelled.shape[0] > 64 + 13 and labelled.shape[1] > 2 * 64 + 20
+    assert (labelled[:14] < 128).any()  # ink above the columns

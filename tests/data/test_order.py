@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+
+from vlm_jax.data import order
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 16, 17, 255, 256, 257, 1000])
+def test_permutations_are_permutations(length):
+    for key in range(3):
+        found = order.permute(np.arange(length), length, key)
+        assert sorted(found.tolist()) == list(range(length))
+
+
+def test_permutation_never_changes():
+    # A run that resumes under another version must read the same records: do not edit.
+    assert order.permute(np.arange(7), 7, 0).tolist() == [5, 0, 6, 2, 4, 1, 3]
+    assert order.permute(np.arange(7), 7, 1).tolist() == [1, 2, 0, 4, 3, 6, 5]
+
+
+def test_permutation_at_single_places_and_large_lengths():
+    whole = order.permute(np.arange(1000), 1000, 9)
+    assert [int(order.permute(np.array(i), 1000, 9)) for i in (0, 17, 999)] == whole[
+        [0, 17, 999]
+    ].tolist()
+    huge = order.permute(np.arange(1000), 2**40 + 1, 3)
+    assert len(set(huge.tolist())) == 1000 and huge.max() > 2**39
+
+
+def test_permutation_looks_random():
+    where = np.array([order.permute(np.array([0]), 10, key)[0] for key in range(3000)])
+    counts = np.bincount(where, minlength=10)
+    assert counts.min() > 220 and counts.max() < 380  # 300 each; 4.6 standard deviations
+
+
+def test_shuffle_draws_a_fresh_permutation_per_epoch():
+    shuffle = order.Shuffle(50, seed=0, name="a")
+    epochs, indices = shuffle.locate(np.arange(150))
+    assert epochs.tolist() == [0] * 50 + [1] * 50 + [2] * 50
+    passes = indices.reshape(3, 50)
+    assert all(sorted(one) == list(range(50)) for one in passes.tolist())
+    assert (passes[0] != passes[1]).any() and (passes[1] != passes[2]).any()
+    np.testing.assert_array_equal(shuffle.of_epoch(1), passes[1])
+    other = order.Shuffle(50, seed=1, name="a").of_epoch(0)
+    assert (other != passes[0]).any()
+
+
+def test_file_order_wraps_around():
+    shuffle = order.Shuffle(3, seed=0, name="a", enabled=False)
+    assert shuffle.locate(np.arange(7))[1].tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_mixture_deals_evenly():
+    mixture = order.Mixture({"b": 1.0, "a": 3.0})
+    dealt = [mixture.locate(position) for position in range(8)]
+    assert dealt == [
+        ("a", 0), ("a", 1), ("b", 0), ("a", 2), ("a", 3), ("a", 4), ("b", 1), ("a", 5),
+    ]  # fmt: skip
+
+
+def test_mixture_meets_its_weights_and_skips_nothing():
+    weights = {"x": 0.615, "y": 0.3, "z": 0.085}
+    mixture = order.Mixture(weights)
+    dealt = [mixture.locate(position) for position in range(5000)]
+    for name, weight in weights.items():
+        ranks = [rank for owner, rank in dealt if owner == name]
+        assert ranks == list(range(len(ranks)))
+        assert abs(len(ranks) / 5000 - weight) < 1e-3
+    reordered = order.Mixture(dict(reversed(weights.items())))
+    assert [reordered.locate(p) for p in range(50)] == dealt[:50]
