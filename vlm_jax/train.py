@@ -203,7 +203,8 @@ def fit(
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
-    step_rng = jax.device_put(jax.random.fold_in(rng, 1), everywhere)
+    # Jitted, because device_put cannot reach the devices of other processes.
+    step_rng = jax.jit(lambda: jax.random.fold_in(rng, 1), out_shardings=everywhere)()
     runner = evaluate_lib.Runner(task, formatter, mesh, shardings["params"], config.seed)
     writer = metric_writer.MetricWriter(
         workdir, start_step=start, tensorboard=config.tensorboard, wandb=config.wandb
