@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -59,6 +60,24 @@ def section(cls: type, values: Mapping[str, Any] | None, name: str) -> Any:
         return cls(**values)
     except ValueError as error:  # a dataclass's own __post_init__ checks
         raise ConfigError(f"{name}: {error}") from error
+
+
+def call(function: Callable[..., Any], values: Mapping[str, Any] | None, name: str) -> Any:
+    """`function(**values)`, with unknown keys named like those of a section.
+
+    Raises:
+      ConfigError: a key that the function does not take.
+    """
+    values = plain(values or {})
+    parameters = inspect.signature(function).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        known = [key for key, p in parameters.items() if p.kind is not p.POSITIONAL_ONLY]
+        problems = [
+            f"unknown key {name}.{key}{nearest(key, known)}" for key in values if key not in known
+        ]
+        if problems:
+            raise ConfigError("\n".join(problems))
+    return function(**values)
 
 
 def plain(values: Any) -> Any:

@@ -18,27 +18,19 @@ import types
 from absl import flags
 from ml_collections import config_flags
 
-FLAGS = flags.FLAGS
-
-config_flags.DEFINE_config_file("config", None, "recipe, F or F:arg", lock_config=True)
-flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and pictures")
-flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "what to do")
-flags.DEFINE_string("coordinator", None, "host:port of process 0, the same on every host")
-flags.DEFINE_integer("num_processes", None, "number of processes, with --coordinator")
-flags.DEFINE_integer("process_id", None, "this process, 0 to num_processes-1")
-
 
 def main(argv=None):
     """Parses flags, then runs; user errors end in one message and exit status 2, not a trace."""
     argv = _locate_recipe(list(sys.argv if argv is None else argv))
+    values = _define_flags(argv)
     if {"-h", "-help", "--help"} & set(argv[1:]):
-        print(f"{__doc__}\n{FLAGS.module_help(sys.modules[__name__])}")
+        print(f"{__doc__}\n{values.get_help()}")
         return
     try:
-        FLAGS(argv)
-    except flags.Error as error:
-        _fail(f"{error}{_suggest(str(error), argv)}")
-    if FLAGS["config"].value is None or not FLAGS.workdir:
+        values(argv)
+    except (flags.Error, OSError, AttributeError, TypeError, ValueError) as error:
+        _fail(f"{error}")
+    if values["config"].value is None or not values.workdir:
         _fail("both --config and --workdir are needed; --help shows the use")
 
     # Heavy imports only now: --help and a mistyped flag answer at once.
@@ -46,17 +38,43 @@ def main(argv=None):
 
     try:
         program.run(
-            FLAGS.config,
-            pathlib.Path(FLAGS.workdir),
-            mode=FLAGS.mode,
-            coordinator=FLAGS.coordinator,
-            num_processes=FLAGS.num_processes,
-            process_id=FLAGS.process_id,
+            values.config,
+            pathlib.Path(values.workdir),
+            mode=values.mode,
+            coordinator=values.coordinator,
+            num_processes=values.num_processes,
+            process_id=values.process_id,
         )
     except program.USER_ERRORS as error:
         if os.environ.get("VLM_JAX_TRACE"):
             raise
         _fail(f"{error}\n(set VLM_JAX_TRACE=1 for the trace)")
+
+
+def _define_flags(argv):
+    values = flags.FlagValues()
+    # Not locked: a recipe need not list every field. The dataclass that reads a section refuses
+    # unknown keys and wrong types, whether they come from the file or from the command line.
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "recipe: F or F:arg; --config.a.b=v overrides a value",
+        flag_values=values,
+        lock_config=False,
+        accept_new_attributes=True,
+        sys_argv=argv,
+    )
+    text = "folder for checkpoints, metrics and pictures"
+    flags.DEFINE_string("workdir", None, text, flag_values=values)
+    modes = ["train", "evaluate"]
+    flags.DEFINE_enum("mode", "train", modes, "what to do", flag_values=values)
+    text = "host:port of process 0, the same on every host"
+    flags.DEFINE_string("coordinator", None, text, flag_values=values)
+    text = "number of processes, with --coordinator"
+    flags.DEFINE_integer("num_processes", None, text, flag_values=values)
+    text = "this process, 0 to num_processes-1"
+    flags.DEFINE_integer("process_id", None, text, flag_values=values)
+    return values
 
 
 def _locate_recipe(argv):
@@ -77,30 +95,6 @@ def _locate_recipe(argv):
         configs.__path__ = [os.path.dirname(os.path.abspath(path))]
         sys.modules["configs"] = configs
     return argv
-
-
-def _suggest(message, argv):
-    """The nearest key of the recipe for a mistyped `--config.a.b=v`."""
-    from vlm_jax import config as config_lib
-
-    key = next((word.strip("'\"") for word in message.split() if "config." in word), "")
-    key = key.lstrip("-").partition("=")[0].removeprefix("config.")
-    try:
-        given = [a for a in argv if a.startswith("--config=")]
-        recipe = flags.FlagValues()
-        config_flags.DEFINE_config_file("config", flag_values=recipe)
-        recipe([argv[0], *given])
-        known = [path for path, _ in _leaves(config_lib.plain(recipe.config))]
-    except Exception:  # the recipe itself is what is wrong; the message already says so
-        return ""
-    return config_lib.nearest(key, known) if key and key not in known else ""
-
-
-def _leaves(tree, prefix=""):
-    for key, value in tree.items():
-        yield f"{prefix}{key}", value
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
 
 
 def _fail(message):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vlm_jax import config as config_lib
 from vlm_jax.nn import functional
 
 
@@ -60,11 +61,11 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     """Update count -> learning rate.
 
     Raises:
-      ValueError: unknown schedule, or a warm-up longer than the decay.
+      ConfigError: unknown schedule, or a warm-up longer than the decay.
     """
     decay_steps = config.decay_steps or total_steps
     if config.warmup_steps > decay_steps:
-        raise ValueError(
+        raise config_lib.ConfigError(
             f"optim.warmup_steps={config.warmup_steps} is longer than optim.decay_steps="
             f"{decay_steps}, which counts the warm-up"
         )
@@ -77,7 +78,9 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
         ),
     }
     if config.schedule not in shapes:
-        raise ValueError(f"optim.schedule={config.schedule!r} is none of {', '.join(shapes)}")
+        raise config_lib.ConfigError(
+            f"optim.schedule={config.schedule!r} is none of {', '.join(shapes)}"
+        )
     if not config.warmup_steps:
         return shapes[config.schedule]()
     warmup = optax.linear_schedule(0.0, config.lr, config.warmup_steps)
@@ -117,12 +120,12 @@ def split(params: functional.Params, trainable: str) -> tuple[dict[str, Any], di
     """(learned, frozen) as flat dicts; dictionary work, free inside jit.
 
     Raises:
-      ValueError: the regex matches no parameter.
+      ConfigError: the regex matches no parameter.
     """
     flat = functional.flatten(params)
     learned = {path: x for path, x in flat.items() if re.search(trainable, path)}
     if not learned:
-        raise ValueError(
+        raise config_lib.ConfigError(
             f"optim.trainable={trainable!r} matches none of {len(flat)} parameters, "
             f"for example {next(iter(flat), '(none)')!r}"
         )

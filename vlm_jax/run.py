@@ -6,6 +6,7 @@ Split from `main` so that flags are answered before jax is imported.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -26,14 +27,14 @@ from vlm_jax import (
 from vlm_jax import config as config_lib
 from vlm_jax import task as task_lib
 from vlm_jax.data import pipeline, records
-from vlm_jax.weights import convert
+from vlm_jax.weights import errors as weights_errors
 
 # Errors that are the user's to mend: the program prints their message without a trace.
 USER_ERRORS = (
     config_lib.ConfigError,
     FileNotFoundError,
     checkpoints.CheckpointError,
-    convert.ConversionError,
+    weights_errors.WeightsError,
     records.DataError,
     records.MissingExtraError,
     train.TrainingStopped,
@@ -105,11 +106,15 @@ def run(
     system = task_lib.resolve(recipe.system, "systems")
     try:
         task = system.make_task(dict(recipe.model), **recipe.task)
-        formatter = system.make_formatter(**recipe.formatter)
+        formatter = config_lib.call(system.make_formatter, recipe.formatter, "formatter")
         distributed.initialize(coordinator, num_processes, process_id)
         mesh = sharding.make_mesh(recipe.mesh)
         evaluate.make(recipe.evals)
-    except (ValueError, TypeError) as error:  # TypeError: an unknown keyword of make_task
+        optim.make_schedule(recipe.optim, recipe.train.steps)
+        abstract = jax.eval_shape(task.init, jax.random.key(0))
+        optim.split(abstract, recipe.optim.trainable)
+        sharding.match(task.sharding_rules, abstract)
+    except ValueError as error:
         raise config_lib.ConfigError(str(error)) from error
     _check_batches(recipe, mesh)
 
@@ -119,7 +124,8 @@ def run(
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(json.dumps(meta, indent=1, default=str))
         if recipe.prepare:
-            system.prepare(workdir, **recipe.prepare)
+            prepare = functools.partial(system.prepare, workdir)
+            config_lib.call(prepare, recipe.prepare, "prepare")
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

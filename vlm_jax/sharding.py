@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vlm_jax import config as config_lib
 from vlm_jax.nn import functional
 
 AXES = ("data", "fsdp", "tensor")
@@ -38,19 +39,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """The mesh over all devices of all processes.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {axis: getattr(config, axis) for axis in AXES}
     spelled = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     rest = [axis for axis, size in sizes.items() if size == -1]
     if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"{spelled}: sizes are positive, and at most one may be -1")
+        raise config_lib.ConfigError(f"{spelled}: sizes are positive, and at most one may be -1")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if rest and len(devices) % fixed == 0:
         sizes[rest[0]] = len(devices) // fixed
     elif fixed != len(devices):
-        raise ValueError(
+        raise config_lib.ConfigError(
             f"{spelled} needs a {'multiple' if rest else 'total'} of {fixed} devices, "
             f"and there are {len(devices)}; set one axis to -1 to take what is left"
         )
@@ -66,7 +67,7 @@ def match(
     """The PartitionSpec of every parameter, by path.
 
     Raises:
-      ValueError: parameters that no rule matches, all of them by name.
+      ConfigError: parameters that no rule matches, all of them by name.
     """
     specs, missed = {}, []
     for path, leaf in functional.flatten(params).items():
@@ -74,7 +75,7 @@ def match(
             if re.search(pattern, path):
                 specs[path] = spec
                 if len(spec) > len(leaf.shape):
-                    raise ValueError(
+                    raise config_lib.ConfigError(
                         f"rule {pattern!r} gives {spec} to {path} of shape {leaf.shape}: "
                         f"more axes than the parameter has"
                     )
@@ -82,7 +83,7 @@ def match(
         else:
             missed.append(path)
     if missed:
-        raise ValueError(
+        raise config_lib.ConfigError(
             f"no sharding rule matches {len(missed)} parameters: {', '.join(missed[:8])}"
             f"{', ...' if len(missed) > 8 else ''}; add a rule beside the network"
         )
