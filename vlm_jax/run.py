@@ -22,6 +22,7 @@ from vlm_jax import (
     optim,
     provenance,
     sharding,
+    starting_point,
     train,
 )
 from vlm_jax import config as config_lib
@@ -147,7 +148,7 @@ def run(
 
 def _evaluate(recipe, task, formatter, system, workdir, mesh) -> dict[str, float]:
     """Scores the newest good checkpoint of the work directory, or what `init` names."""
-    params, step = train.restore_params(
+    params, step = starting_point.restore_params(
         recipe, task, workdir, mesh, getattr(system, "load_upstream", None)
     )
     shardings = jax.tree.map(lambda x: x.sharding, params)

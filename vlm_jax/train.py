@@ -302,43 +302,6 @@ def fit(
     return last
 
 
-def restore_params(
-    recipe: Any, task: Any, workdir: pathlib.Path, mesh: Any, load_upstream: Callable | None
-) -> tuple[Any, int]:
-    """The parameters to evaluate and their step, without the optimizer's state.
-
-    They come from the newest good checkpoint of the work directory (the moving average where the
-    recipe has one); in a work directory without checkpoints, from what `init` names (step 0).
-
-    Raises:
-      ConfigError: there is neither a checkpoint nor an `init`.
-    """
-    rng = jax.random.fold_in(jax.random.key(recipe.train.seed), 0)
-    abstract = jax.eval_shape(task.init, rng)
-    shardings = sharding.of_params(mesh, task.sharding_rules, abstract)
-    saver = checkpoints.Checkpointer(workdir)
-    step = saver.latest_good()
-    saver.close()
-    if step is None:
-        if not (recipe.init.run or recipe.init.upstream):
-            raise config_lib.ConfigError(
-                f"nothing to evaluate: no checkpoint in {workdir}, and neither init.run nor "
-                f"init.upstream is set"
-            )
-        params = jax.jit(task.init, out_shardings=shardings)(rng)
-        return starting_point.lay_weights(recipe.init, task, params, load_upstream), 0
-    target = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
-    params = checkpoints.load_params(workdir, target)
-    if recipe.optim.ema:
-        learned, frozen = optim.split(target, recipe.optim.trainable)
-        averaged = checkpoints.load_params(workdir, functional.unflatten(learned), item="ema")
-        _, frozen = optim.split(params, recipe.optim.trainable)
-        params = optim.merge(functional.flatten(averaged), frozen)
-    return params, step
-
-
 def _averaged(state: Mapping[str, Any], recipe: Any) -> Any:
     """The parameters to evaluate: the moving average where there is one."""
     if not recipe.optim.ema:

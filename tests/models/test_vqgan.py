@@ -306,3 +306,12 @@ def test_upsample_nearest_by_hand():
     x = jnp.array([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)
     expected = [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
     np.testing.assert_array_equal(conv.upsample_nearest(x)[0, :, :, 0], expected)
+
+
+@pytest.mark.parametrize("side", [4, 48])  # below and above the size where the phases are used
+def test_upsample_conv_equals_its_two_steps(side):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (1, side, side, 5))
+    kernel, bias = jax.random.normal(keys[1], (3, 3, 5, 7)), jax.random.normal(keys[2], (7,))
+    expected = conv.conv2d(conv.upsample_nearest(x), kernel, bias)
+    _close(conv.upsample_conv2d(x, kernel, bias), expected, 1e-4)

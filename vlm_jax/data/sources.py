@@ -179,7 +179,12 @@ class JsonLines(_Files):
 
     def __getitem__(self, index: int) -> records.Record:
         file, _, offset, size = map(int, self._table[index])
-        return json.loads(self._read_at(file, offset, size))
+        try:
+            return json.loads(self._read_at(file, offset, size))
+        except records.BadRecordError:
+            raise
+        except ValueError as error:
+            raise records.BadRecordError(f"{error}; the file changed while in use") from error
 
     def record_id(self, index: int) -> str:
         """File and line, from 1."""

@@ -485,7 +485,7 @@ class Upsample(nnx.Module):
 
     def __call__(self, x_byxc):
         """float[B, H, W, C] -> float[B, 2*H, 2*W, C]."""
-        return self.conv(conv.upsample_nearest(x_byxc))
+        return conv.upsample_conv2d(x_byxc, self.conv.kernel[...], self.conv.bias[...])
 
 
 def make(cfg: VqganConfig) -> functional.Functional:

@@ -13,7 +13,8 @@ from jax import lax
 
 _DIMS = ("NHWC", "HWIO", "NHWC")
 SAME3 = ((1, 1), (1, 1))
-NONE = ((0, 0), (0, 0))
+# Ours: where `upsample_conv2d` starts to win on CPU (256 to 768 channels, batch 1).
+_MIN_PIXELS_FOR_PHASES = 2048
 
 
 def conv2d(x_byxc, kernel_yxcd, bias_d, *, stride=1, padding=SAME3):
@@ -77,6 +78,43 @@ def upsample_nearest(x_byxc, factor=2):
     b, h, w, c = x_byxc.shape
     x_byixjc = jnp.broadcast_to(x_byxc[:, :, None, :, None], (b, h, factor, w, factor, c))
     return x_byixjc.reshape(b, h * factor, w * factor, c)
+
+
+def upsample_conv2d(x_byxc, kernel_yxcd, bias_d):
+    """Nearest-neighbour doubling followed by a padded 3x3 convolution, in 4/9 of the products.
+
+    A 3x3 window on the doubled image covers only 2x2 different pixels. Along one axis:
+
+        output 2i      reads  x[i-1] x[i] x[i]      with k0 k1 k2  =  x[i-1] x[i]  with k0, k1+k2
+        output 2i+1    reads  x[i] x[i] x[i+1]                     =  x[i] x[i+1]  with k0+k1, k2
+
+    so each of the four output phases is a 2x2 convolution of the small image. Equal up to the
+    rounding of the kernel sums. Summing kernels costs a few passes over them, which only pays when
+    there are many pixels; with few, the plain form is used.
+
+    Args:
+      x_byxc: float[B, H, W, C]. kernel_yxcd: float[3, 3, C, D]. bias_d: float[D].
+
+    Returns:
+      float[B, 2*H, 2*W, D].
+    """
+    b, h, w, _ = x_byxc.shape
+    if b * h * w < _MIN_PIXELS_FOR_PHASES:
+        return conv2d(upsample_nearest(x_byxc), kernel_yxcd, bias_d)
+    to_phases_auy = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel_yxcd.dtype)
+    kernels = jnp.einsum(
+        "auy,evx,yxcd->aeuvcd", to_phases_auy, to_phases_auy, kernel_yxcd,
+        precision=lax.Precision.HIGHEST,
+    )  # fmt: skip
+    rows = []
+    for a in range(2):
+        phases_byxd = [
+            conv2d(x_byxc, kernels[a, e], bias_d, padding=((1 - a, a), (1 - e, e)))
+            for e in range(2)
+        ]
+        rows.append(jnp.stack(phases_byxd, axis=3))
+    y_byaxed = jnp.stack(rows, axis=2)
+    return y_byaxed.reshape(b, 2 * h, 2 * w, -1)
 
 
 class Conv(nnx.Module):

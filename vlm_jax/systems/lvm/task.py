@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax import config as config_lib
 from vlm_jax.decoding import generate, sampling
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
@@ -104,17 +105,17 @@ class LvmTask:
         return loss, {"accuracy": metrics["accuracy"], "scored_tokens": metrics["tokens"]}
 
     def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
-        """Raises ValueError when a batch cannot be learned from by this model."""
+        """Raises ConfigError when a batch cannot be learned from by this model."""
         _, length = batch["tokens"].shape
         if length > self.cfg.max_tokens:
-            raise ValueError(
+            raise config_lib.ConfigError(
                 f"rows of {length} tokens are longer than model.max_tokens={self.cfg.max_tokens}; "
                 f"lower formatter.max_tokens or raise model.max_tokens"
             )
         if not np.any(batch["weights"]):
-            raise ValueError("no token of the first batch carries loss; check formatter and data")
+            raise config_lib.ConfigError("no token of the first batch carries loss; check formatter and data")
         if self.attention == "causal" and batch["segments"].max() > 1:
-            raise ValueError(
+            raise config_lib.ConfigError(
                 "rows hold several documents, and task.attention='causal' would let them see each "
                 "other; set task.attention='documents' or data.packing='stream'"
             )
