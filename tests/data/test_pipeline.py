@@ -1,0 +1,284 @@
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from vlm_jax.data import pipeline, records
+from vlm_jax.systems.lvm import format as lvm_format
+
+BATCH = 8
+
+
+class Numbers:
+    """A formatter without packing: the record's number, and a draw from its generator."""
+
+    def __call__(self, record, rng):
+        if record["n"] < 0:
+            raise records.BadRecordError(f"n={record['n']} is negative")
+        draw = np.float64(rng.random())
+        return {"n": np.int32(record["n"]), "draw": draw, "weight": np.float32(1)}
+
+
+def write(path, numbers):
+    """JSONL for both formatters: n, and a few tokens."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for n in numbers:
+        tokens = lvm_format.to_base64(rng.integers(0, 50, rng.integers(3, 40)))
+        lines.append(json.dumps({"n": int(n), "tokens": tokens}) if n is not None else "{broken")
+    path.write_text("".join(line + "\n" for line in lines))
+    return {"type": "jsonl", "path": str(path)}
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    return {
+        "a": write(tmp_path / "a.jsonl", range(23)) | {"weight": 0.7},
+        "b": write(tmp_path / "b.jsonl", range(100, 109)) | {"weight": 0.3},
+    }
+
+
+TOKENS = lvm_format.Formatter(max_tokens=32, bos_id=50, eos_id=51, vocab_size=64)
+
+
+def formatter_for(packing):
+    return Numbers() if packing == "none" else TOKENS
+
+
+def run(mixture, packing, steps, *, rows=None, start=0, seed=5, **options):
+    config = pipeline.DataConfig(mixture=mixture, packing=packing, **options)
+    with pipeline.make_batches(
+        config, formatter_for(packing), batch_size=BATCH, seed=seed, start_step=start, rows=rows
+    ) as batches:
+        return [next(batches) for _ in range(steps)]
+
+
+def assert_same(found, expected, rows=slice(None)):
+    for one, other in zip(found, expected, strict=True):
+        assert one.step == other.step and one.arrays.keys() == other.arrays.keys()
+        for key in one.arrays:
+            np.testing.assert_array_equal(one.arrays[key], other.arrays[key][rows])
+        assert one.record_ids == [other.record_ids[i] for i in np.arange(BATCH)[rows]]
+
+
+KINDS = pytest.mark.parametrize("packing", ["none", "stream", "documents"])
+
+
+@KINDS
+def test_global_batch_is_the_same_on_any_number_of_hosts_and_threads(mixture, packing):
+    expected = run(mixture, packing, 12, num_threads=0)
+    for hosts in (1, 2, 4):
+        for threads in (1, 5):
+            shares = np.split(np.arange(BATCH), hosts)
+            for rows in shares:
+                found = run(mixture, packing, 12, rows=rows, num_threads=threads)
+                assert_same(found, expected, rows)
+    odd = np.array([1, 4, 6])  # what a host needs may be scattered
+    assert_same(run(mixture, packing, 12, rows=odd), expected, odd)
+
+
+@KINDS
+def test_starting_at_a_step_equals_having_run_there(mixture, packing):
+    expected = run(mixture, packing, 40)
+    for start in (1, 7, 31):
+        assert_same(run(mixture, packing, 9, start=start), expected[start : start + 9])
+
+
+@KINDS
+def test_seed_and_epoch_change_the_order(mixture, packing):
+    one, other = run(mixture, packing, 3), run(mixture, packing, 3, seed=6)
+    assert [b.record_ids for b in one] != [b.record_ids for b in other]
+
+
+@pytest.mark.slow
+@KINDS
+def test_worker_processes_change_nothing(mixture, packing):
+    expected = run(mixture, packing, 5, num_threads=0)
+    assert_same(run(mixture, packing, 5, num_workers=2), expected)
+
+
+def test_epochs_mixtures_and_augmentation(mixture):
+    batches = run({"a": mixture["a"]}, "none", 23)  # 8 epochs of 23 records
+    numbers = np.concatenate([batch.arrays["n"] for batch in batches]).reshape(8, 23)
+    assert all(sorted(epoch) == list(range(23)) for epoch in numbers.tolist())
+    assert len({tuple(epoch) for epoch in numbers.tolist()}) == 8
+    draws = np.concatenate([batch.arrays["draw"] for batch in batches])
+    assert len(set(draws.tolist())) == 184  # a record is augmented anew in every epoch
+    both = np.concatenate([batch.arrays["n"] for batch in run(mixture, "none", 50)])
+    assert (both >= 100).mean() == pytest.approx(0.3, abs=0.01)
+
+
+def test_file_order_without_shuffling(mixture):
+    batches = run({"a": mixture["a"]}, "none", 4, shuffle=False)
+    numbers = np.concatenate([batch.arrays["n"] for batch in batches])
+    assert numbers.tolist() == [*range(23), *range(9)]
+
+
+def test_one_pass_reads_everything_once(mixture):
+    config = pipeline.DataConfig(mixture=mixture)
+    batches = list(pipeline.one_pass(config, Numbers(), batch_size=BATCH))
+    assert len(batches) == 4
+    valid = np.concatenate([batch["valid"] for batch in batches])
+    numbers = np.concatenate([batch["n"] for batch in batches])
+    assert numbers.tolist() == [*range(23), *range(100, 109)] and valid.all()
+    padded = list(pipeline.one_pass(config, Numbers(), batch_size=20))
+    assert padded[1]["valid"].tolist() == [True] * 12 + [False] * 8
+    assert padded[1]["weight"].sum() == 12 and padded[1]["n"].shape == (20,)
+    assert len(list(pipeline.one_pass(config, Numbers(), batch_size=BATCH, max_batches=2))) == 2
+
+
+def test_one_pass_of_packed_rows(mixture):
+    for packing in ("stream", "documents"):
+        config = pipeline.DataConfig(mixture=mixture, packing=packing)
+        batches = list(pipeline.one_pass(config, TOKENS, batch_size=3))
+        predictions = sum(batch["weights"].sum() for batch in batches)
+        sizes = [
+            len(TOKENS.encode(json.loads(line))[0])
+            for entry in mixture.values()
+            for line in open(entry["path"])
+        ]
+        borders = 2 if packing == "stream" else len(sizes)  # first ids are never targets
+        assert predictions == sum(sizes) - borders
+
+
+def test_bad_records_weigh_nothing_and_are_named(tmp_path, capsys):
+    numbers = list(range(40))
+    numbers[17] = -17
+    mixture = {"a": write(tmp_path / "a.jsonl", numbers)}
+    config = pipeline.DataConfig(mixture=mixture, shuffle=False, max_bad_fraction=0.05)
+    with pipeline.make_batches(config, Numbers(), batch_size=BATCH, seed=0) as batches:
+        seen = [next(batches) for _ in range(10)]  # two epochs
+        bad = batches.bad_records
+        assert (bad.seen, bad.count) == (80, 2)
+        assert bad.causes == {f"{tmp_path}/a.jsonl:18": "n=-17 is negative"}
+    assert seen[2].arrays["n"].tolist() == [16, 0, 18, 19, 20, 21, 22, 23]
+    assert seen[2].arrays["weight"].tolist() == [1, 0, 1, 1, 1, 1, 1, 1]
+    assert seen[2].arrays["valid"].tolist() == [True, False] + [True] * 6
+    assert capsys.readouterr().err.count("a.jsonl:18: n=-17 is negative") == 1  # said once
+
+
+def test_too_many_bad_records_stop_the_run(tmp_path):
+    numbers = [-n if n % 4 == 1 else n for n in range(1, 101)]
+    mixture = {"a": write(tmp_path / "a.jsonl", numbers)}
+    config = pipeline.DataConfig(mixture=mixture, shuffle=False, max_bad_fraction=0.1)
+    with pipeline.make_batches(config, Numbers(), batch_size=BATCH, seed=0) as batches:
+        with pytest.raises(records.DataError) as caught:
+            for _ in range(20):
+                next(batches)
+    message = str(caught.value)
+    assert "11 of 41 records cannot be used" in message and "max_bad_fraction=0.1" in message
+    assert f"{tmp_path}/a.jsonl:5: n=-5 is negative" in message and "and 3 more" in message
+
+
+def test_few_records_are_judged_after_an_epoch_and_zero_tolerance_at_once(tmp_path):
+    mixture = {"a": write(tmp_path / "a.jsonl", [1, 2, -3, *range(4, 33)])}
+    for fraction, good_steps in [(0.01, 3), (0.0, 0)]:
+        config = pipeline.DataConfig(mixture=mixture, shuffle=False, max_bad_fraction=fraction)
+        with pipeline.make_batches(config, Numbers(), batch_size=BATCH, seed=0) as batches:
+            for _ in range(good_steps):
+                next(batches)
+            with pytest.raises(records.DataError, match=r"a\.jsonl:3: n=-3"):
+                for _ in range(2):
+                    next(batches)
+
+
+def test_broken_lines_count_before_the_first_step(tmp_path):
+    mixture = {"a": write(tmp_path / "a.jsonl", [1, 2, None, 3])}
+    config = pipeline.DataConfig(mixture=mixture, max_bad_fraction=0.1)
+    with pytest.raises(records.DataError, match=r"1 of 4 records(.|\n)*a\.jsonl:3: JSONDecode"):
+        pipeline.make_batches(config, Numbers(), batch_size=BATCH, seed=0)
+
+
+def test_unreadable_document_leaves_a_gap_in_the_packing(tmp_path):
+    """A file that changes under a running job: its tokens weigh nothing, the order stays."""
+    path = tmp_path / "a.jsonl"
+    mixture = {"a": write(path, range(20))}
+    options = {"shuffle": False, "num_threads": 0, "max_bad_fraction": 0.5}
+    expected = run(mixture, "stream", 4, **options)
+    config = pipeline.DataConfig(mixture=mixture, packing="stream", **options)
+    batches = pipeline.make_batches(config, TOKENS, batch_size=BATCH, seed=5)
+    lines = path.read_bytes().splitlines(keepends=True)
+    start = sum(map(len, lines[:3]))
+    with path.open("r+b") as stream:  # in place, so the index still fits
+        stream.seek(start)
+        stream.write(b"#" * (len(lines[3]) - 1))
+    found = [next(batches) for _ in range(4)]
+    assert list(batches.bad_records.causes) == [f"{path}:4"]
+    batches.close()
+    for one, other in zip(found, expected):
+        good = one.arrays["weights"] > 0
+        np.testing.assert_array_equal(one.arrays["targets"][good], other.arrays["targets"][good])
+        assert one.record_ids == other.record_ids
+    lost = sum((o.arrays["weights"] - f.arrays["weights"]).sum() for f, o in zip(found, expected))
+    assert lost > 0
+
+
+def test_token_ids_out_of_range_stop_with_the_record(tmp_path):
+    path = tmp_path / "a.jsonl"
+    good, bad = (lvm_format.to_base64(np.array(ids)) for ids in ([1, 2, 3], [1, 9000, 3]))
+    path.write_text("".join(json.dumps({"tokens": t}) + "\n" for t in (good, bad)))
+    mixture = {"a": {"type": "jsonl", "path": str(path)}}
+    for packing in ("stream", "none"):
+        with pytest.raises(records.DataError, match=r"a\.jsonl:2: token id 9000 .*\[0, 64\)"):
+            config = pipeline.DataConfig(mixture=mixture, packing=packing, shuffle=False)
+            with pipeline.make_batches(config, TOKENS, batch_size=2, seed=0) as batches:
+                next(batches)
+
+
+def test_empty_and_impossible_configs(tmp_path, mixture):
+    empty = {"e": write(tmp_path / "e.jsonl", [])}
+    for packing in ("none", "stream"):
+        with pytest.raises(records.DataError, match="data.mixture.e is empty"):
+            run(empty, packing, 1)
+    with pytest.raises(records.DataError, match="no such file"):
+        run({"x": {"type": "jsonl", "path": str(tmp_path / "x.jsonl")}}, "none", 1)
+    with pytest.raises(records.DataError, match="needs a formatter with `encode`"):
+        config = pipeline.DataConfig(mixture=mixture, packing="stream")
+        pipeline.make_batches(config, Numbers(), batch_size=2, seed=0)
+    for fields, message in [
+        ({"packing": "streams"}, "packing='streams' is not one of none, stream, documents"),
+        ({"max_bad_fraction": 2.0}, "max_bad_fraction=2.0"),
+        ({"mixture": {}}, "mixture is empty"),
+        ({"mixture": {"a": {"path": "x"}}}, "mixture.a has no 'type'"),
+        ({"mixture": {"a": {"type": "jsonl", "weight": 0}}}, "mixture.a.weight=0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pipeline.DataConfig(**({"mixture": mixture} | fields))
+
+
+def test_memory_is_bounded_and_threads_end(mixture):
+    made = []
+
+    class Counting(Numbers):
+        def __call__(self, record, rng):
+            made.append(1)
+            return super().__call__(record, rng)
+
+    config = pipeline.DataConfig(mixture=mixture, num_threads=3, prefetch_batches=2)
+    before = set(threading.enumerate())
+    batches = pipeline.make_batches(config, Counting(), batch_size=BATCH, seed=0)
+    next(batches)
+    time.sleep(0.3)
+    assert len(made) <= BATCH + 2 * BATCH  # one given out, two ahead
+    batches.close()
+    batches.close()
+    with pytest.raises(StopIteration):
+        next(batches)
+    for thread in set(threading.enumerate()) - before:
+        if "grain" in thread.name:
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+def test_a_mistake_in_the_formatter_names_the_record(mixture):
+    class Broken(Numbers):
+        def __call__(self, record, rng):
+            return {"n": record["missing"]}
+
+    config = pipeline.DataConfig(mixture={"a": mixture["a"]}, shuffle=False)
+    with pipeline.make_batches(config, Broken(), batch_size=2, seed=0) as batches:
+        with pytest.raises(KeyError) as caught:
+            next(batches)
+    assert any("a.jsonl:1" in note for note in caught.value.__notes__)
