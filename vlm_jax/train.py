@@ -31,7 +31,6 @@ from vlm_jax import (
     starting_point,
     stop_signal,
 )
-from vlm_jax import config as config_lib
 from vlm_jax import evaluate as evaluate_lib
 from vlm_jax.data import pipeline
 from vlm_jax.nn import functional
@@ -102,8 +101,8 @@ def make_train_step(task: Any, optimizer: optax.GradientTransformation, recipe: 
         }
         if settings.ema:
             new["ema"] = optax.incremental_update(learned, state["ema"], 1 - settings.ema)
-        metrics["optim/grad_norm"] = optax.global_norm(grads)
-        metrics["optim/param_norm"] = optax.global_norm(learned)
+        metrics["optim/grad_norm"] = optax.tree.norm(grads)
+        metrics["optim/param_norm"] = optax.tree.norm(learned)
         metrics["optim/lr"] = schedule(state["step"])
         return new, metrics
 

@@ -113,7 +113,9 @@ class LvmTask:
                 f"lower formatter.max_tokens or raise model.max_tokens"
             )
         if not np.any(batch["weights"]):
-            raise config_lib.ConfigError("no token of the first batch carries loss; check formatter and data")
+            raise config_lib.ConfigError(
+                "no token of the first batch carries loss; check formatter and data"
+            )
         if self.attention == "causal" and batch["segments"].max() > 1:
             raise config_lib.ConfigError(
                 "rows hold several documents, and task.attention='causal' would let them see each "

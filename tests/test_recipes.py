@@ -1,0 +1,170 @@
+"""Every recipe: its full form by shapes and shardings, its tiny form by running it."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+from absl import flags
+
+from vlm_jax import main as main_lib
+from vlm_jax import run, sharding
+from vlm_jax import task as task_lib
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py"))
+PARAMETERS = {  # specification of LVM, section 3.1, and of the released tokenizer, 2.1
+    "lvm_300m": 290_968_576,
+    "lvm_600m": 648_396_288,
+    "lvm_1b": 1_147_119_616,
+    "lvm_3b": 3_274_742_400,
+    "lvm_7b": 6_544_199_680,
+    "vqgan_f16": 146_244_675,
+}
+
+
+def read(name, tmp_path, *overrides):
+    argv = ["main", f"--config={CONFIGS / name}", "--workdir=w", *overrides]
+    values = main_lib._define_flags(main_lib._locate_recipe(argv))
+    values(argv)
+    return run.read_recipe(values["config"].value, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["", ":tiny"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_sections_shapes_and_shardings(name, form, tmp_path):
+    recipe = read(f"{name}.py{form}", tmp_path)
+    system = task_lib.resolve(recipe.system, "systems")
+    task = system.make_task(dict(recipe.model), **recipe.task)
+    system.make_formatter(**recipe.formatter)
+    abstract = jax.eval_shape(task.init, jax.random.key(0))
+    if not form:
+        total = sum(x.size for x in jax.tree.leaves(abstract))
+        # A system may train more than the released network, for example a discriminator.
+        assert total >= PARAMETERS[name]
+        if recipe.system == "lvm":
+            assert total == PARAMETERS[name]
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = sharding.of_params(mesh, task.sharding_rules, abstract)
+    assert jax.tree.structure(placed) == jax.tree.structure(abstract)
+
+
+def test_a_recipe_refuses_another_argument(tmp_path):
+    with pytest.raises((ValueError, flags.Error), match="neither '' nor 'tiny'"):
+        read("lvm_3b.py:small", tmp_path)
+
+
+# Compiles the update of every preset on 8 devices, without allocating anything. In a process of
+# its own, because the partitioner complains on the file descriptor of stderr.
+COMPILE = """
+import dataclasses, sys
+import jax, jax.numpy as jnp
+from vlm_jax import optim, run, sharding, train
+from vlm_jax.models import llama
+from vlm_jax.ops import partition
+from vlm_jax.systems import lvm
+
+preset, sizes = sys.argv[1], sys.argv[2].split("x")
+cfg = dataclasses.replace(llama.PRESETS[preset], dtype="bfloat16", remat="full")
+task = lvm.LvmTask(cfg)
+mesh = sharding.make_mesh(sharding.MeshConfig(*map(int, sizes)))
+recipe = run.Recipe(system="lvm", model={}, data=None,
+                    train=train.TrainConfig(steps=10, batch_size=8))
+optimizer = optim.make_optimizer(recipe.optim, 10)
+state = jax.eval_shape(lambda: train.init_state(task, optimizer, recipe, jax.random.key(0)))
+shardings = train.state_shardings(mesh, task, state)
+ints = jax.ShapeDtypeStruct((8, 256), jnp.int32)
+batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), ints)
+batch["weights"] = jax.ShapeDtypeStruct((8, 256), jnp.float32)
+everywhere = sharding.replicated(mesh)
+step = jax.jit(train.make_train_step(task, optimizer, recipe),
+               in_shardings=(shardings, sharding.of_batch(mesh), everywhere),
+               out_shardings=(shardings, everywhere), donate_argnums=0)
+with partition.use_mesh(mesh):
+    step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0))).compile()
+print("compiled")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", sorted(PARAMETERS.keys() - {"vqgan_f16"}))
+def test_no_involuntary_rematerialization(preset):
+    for sizes in ("2x2x2", "1x8x1"):
+        out = subprocess.run(
+            [sys.executable, "-c", COMPILE, preset, sizes],
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert "compiled" in out.stdout, out.stderr[-3000:]
+        assert not re.search("involuntary full remat", out.stderr, re.IGNORECASE), out.stderr
+
+
+def command(*arguments, timeout=900):
+    return subprocess.run(
+        [sys.executable, "-m", "vlm_jax.main", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=CONFIGS.parent,
+    )
+
+
+def lines_of(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {
+        (line["step"], key): value
+        for line in lines
+        for key, value in line.items()
+        if not key.startswith("speed/") and key != "step"
+    }
+
+
+TINY = {
+    "lvm_3b": [
+        "--config.prepare.sentences=8",
+        "--config.prepare.heldout_sentences=4",
+        "--config.prepare.crops=20",
+        "--config.optim.warmup_steps=2",
+    ],
+    "vqgan_f16": ["--config.train.batch_size=4"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_tiny_trains_stops_resumes_and_evaluates(name, tmp_path):
+    """On real input. The continued run must give the bits of the uninterrupted one."""
+    common = [
+        f"--config=configs/{name}.py:tiny",
+        "--config.train.steps=6",
+        "--config.train.log_every=1",
+        "--config.train.save_every=3",
+        "--config.optim.warmup_steps=0",
+        *TINY[name],
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    out = command(*common, f"--workdir={whole}")
+    if "download" in out.stderr.lower() and out.returncode == 2:
+        pytest.skip(f"the photos cannot be had: {out.stderr.splitlines()[-2]}")
+    assert out.returncode == 0, out.stderr[-3000:]
+    # Without its last checkpoint a run is as if it had been killed after step 3.
+    out = command(*common, f"--workdir={parts}")
+    assert out.returncode == 0, out.stderr[-3000:]
+    (parts / "checkpoints" / "6" / "COMMIT.json").unlink()
+    out = command(*common, f"--workdir={parts}")
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert "resuming from step 3 of 6" in out.stderr
+    assert lines_of(whole) == lines_of(parts)
+    assert (whole / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert list(whole.glob("eval/00000006/*/*.png"))
+    out = command(*common, f"--workdir={whole}", "--mode=evaluate")
+    assert out.returncode == 0, out.stderr[-3000:]
+    scored = json.loads((whole / "evaluation.jsonl").read_text().splitlines()[-1])
+    trained = lines_of(whole)
+    for key, value in scored.items():
+        if key != "step":
+            assert trained[6, key] == pytest.approx(value, rel=1e-6)
