@@ -1,0 +1,146 @@
+import base64
+
+import numpy as np
+import pytest
+
+from vlm_jax.data import records
+from vlm_jax.systems.lvm import format as lvm_format
+
+
+def make(**fields):
+    return lvm_format.Formatter(
+        **{"max_tokens": 8, "vocab_size": 70, "bos_id": 64, "eos_id": 65} | fields
+    )
+
+
+IDS = np.array([3, 1, 2], "<i4")
+
+
+@pytest.mark.parametrize(
+    "tokens", [IDS.tobytes(), base64.b64encode(IDS.tobytes()).decode(), IDS, [3, 1, 2]]
+)
+def test_reads_base64_bytes_and_lists(tokens):
+    ids, weights = make().encode({"tokens": tokens, "extra": 1})
+    assert ids.tolist() == [64, 3, 1, 2, 65] and weights.tolist() == [1] * 5
+    assert ids.dtype == np.int32 and weights.dtype == np.float32
+
+
+def test_defaults_are_the_released_ids():
+    ids, _ = lvm_format.make_formatter().encode({"tokens": IDS})
+    assert ids.tolist() == [8192, 3, 1, 2, 8193]
+
+
+@pytest.mark.parametrize(
+    ("fields", "ids", "weights"),
+    [
+        ("{tokens}", [3, 1, 2], [1, 1, 1]),
+        ("[<|bos|>],{tokens},<|eos|>", [64, 3, 1, 2, 65], [0, 1, 1, 1, 1]),
+        ("<|7|>,[{tokens}],{more}", [7, 3, 1, 2, 9], [1, 0, 0, 0, 1]),
+    ],
+)
+def test_field_language(fields, ids, weights):
+    found = make(fields=fields).encode({"tokens": IDS, "more": [9]})
+    assert found[0].tolist() == ids and found[1].tolist() == weights
+
+
+def test_bos_id_zero_is_an_id():
+    assert make(bos_id=0).encode({"tokens": IDS})[0][0] == 0
+
+
+@pytest.mark.parametrize("fields", [",{tokens},", "caption", "<|x|>", "[{tokens}", ""])
+def test_fields_that_cannot_work(fields):
+    with pytest.raises(ValueError, match="is not {name}, <|id|>"):
+        make(fields=fields)
+
+
+def test_bad_records():
+    for record, message in [
+        ({"token": "AAAA"}, r"no field 'tokens' among \['token'\]"),
+        ({"tokens": "not base64!"}, "field 'tokens'"),
+        ({"tokens": b"12345"}, "field 'tokens': buffer size"),
+    ]:
+        with pytest.raises(records.BadRecordError, match=message):
+            make().encode(record)
+
+
+@pytest.mark.parametrize(("bad", "place"), [(70, 2), (-1, 1)])
+def test_ids_out_of_range_are_fatal(bad, place):
+    ids = [3, 1, 2]
+    ids[place - 1] = bad
+    with pytest.raises(records.DataError, match=rf"{bad} at place {place} .*\[0, 70\)") as caught:
+        make().encode({"tokens": ids})
+    assert not isinstance(caught.value, records.BadRecordError)
+
+
+def test_one_sentence_per_row():
+    row = make()({"tokens": IDS})
+    assert row["tokens"].tolist() == [64, 3, 1, 2, 0, 0, 0, 0]
+    assert row["targets"].tolist() == [3, 1, 2, 65, 0, 0, 0, 0]
+    assert row["weights"].tolist() == row["segments"].tolist() == [1] * 4 + [0] * 4
+    assert row["positions"].tolist() == [0, 1, 2, 3, 0, 0, 0, 0]
+    cut = make(max_tokens=3)({"tokens": IDS})
+    assert cut["tokens"].tolist() == [64, 3, 1] and cut["targets"].tolist() == [3, 1, 2]
+
+
+def pictures(count, side=16):
+    return [np.full((side, side, 3), 10 * i + 5, np.uint8) for i in range(count)]
+
+
+def values(images):
+    return [int(image[0, 0, 0]) // 10 for image in images]
+
+
+def test_video_clips():
+    rng = np.random.default_rng(0)
+    frames = np.stack(pictures(20))
+    starts = set()
+    for _ in range(60):
+        found = values(lvm_format.video_clip(frames, rng, num_images=4, stride=5))
+        assert np.diff(found).tolist() == [5, 5, 5]
+        starts.add(found[0])
+    assert starts == {0, 1, 2, 3, 4}  # every legal start
+    # Too short for the stride: (20 - 1) // 15 = 1.
+    found = values(lvm_format.video_clip(frames, rng, num_images=16, stride=8))
+    assert np.diff(found).tolist() == [1] * 15
+    with pytest.raises(records.BadRecordError, match="20 frames cannot give 21 images"):
+        lvm_format.video_clip(frames, rng, num_images=21)
+
+
+def test_category_groups():
+    by_class = {"a": pictures(4), "b": pictures(9)[4:], "c": pictures(12)[9:]}
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        found = values(lvm_format.category_groups(by_class, rng, num_images=8, per_class=4))
+        assert len(set(found)) == 8  # no image twice
+        assert {set("abc"[np.searchsorted([4, 9], i, "right")] for i in group).pop()
+                for group in (found[:4], found[4:])} == {"a", "b"}  # fmt: skip
+    with pytest.raises(records.DataError, match="2 classes have 4 images, needs 4"):
+        lvm_format.category_groups(by_class, rng)
+
+
+def test_pairs_and_colorization():
+    red = np.zeros((2, 2, 3), np.uint8)
+    red[..., 0] = 200
+    grey, colour = lvm_format.colorization([red])
+    assert (grey == 60).all() and (colour == red).all()  # round(0.2989 * 200)
+    assert values(lvm_format.pairs(pictures(2), pictures(4)[2:])) == [0, 2, 1, 3]
+    with pytest.raises(ValueError, match="1 sources for 2 targets"):
+        lvm_format.pairs(pictures(1), pictures(2))
+
+
+def test_inpainting_hides_squares_and_patches():
+    rng = np.random.default_rng(0)
+    white = np.full((64, 64, 3), 255, np.uint8)
+    squares = 0
+    for _ in range(300):
+        masked, image = lvm_format.inpainting([white], rng)
+        assert (image == 255).all()
+        hidden = (masked == 0).all(-1)
+        assert (hidden == (masked == 0).any(-1)).all()
+        patches = hidden.reshape(8, 8, 8, 8).transpose(0, 2, 1, 3).reshape(64, 64)
+        if not (patches.all(1) | ~patches.any(1)).all():
+            rows, columns = np.nonzero(hidden.any(1))[0], np.nonzero(hidden.any(0))[0]
+            side = len(rows)
+            assert side == len(columns) and hidden.sum() == side**2 and 6 <= side < 32
+            squares += 1
+    assert 60 <= squares <= 120  # 3 in 10, but for squares that happen to be whole patches
