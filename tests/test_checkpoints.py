@@ -222,23 +222,26 @@ def test_a_checkpoint_of_another_model_is_named_leaf_by_leaf(tmp_path):
 
 
 def test_parameters_alone(tmp_path):
-    folder = _save(tmp_path, 1, 2)
+    folder = _save(tmp_path / "run", 1, 2)
     _flip_a_bit(folder / "2")
-    params = checkpoints.load_params(tmp_path)
+    params = checkpoints.load_params(folder.parent)
     _equal(params, _state(1)["params"])
     _equal(checkpoints.load_params(folder / "1"), _state(1)["params"])
+    folder.parent.rename(tmp_path / "2026")  # a workdir may have the name of a step
+    _equal(checkpoints.load_params(tmp_path / "2026"), _state(1)["params"])
+    (tmp_path / "2026").rename(folder.parent)
     with pytest.raises(checkpoints.CheckpointError, match="digest differs"):
         checkpoints.load_params(folder / "2")
     with pytest.raises(checkpoints.CheckpointError, match="holds no 'ema'"):
-        checkpoints.load_params(tmp_path, item="ema")
+        checkpoints.load_params(folder.parent, item="ema")
 
     abstract = jax.eval_shape(lambda: _state(0)["params"])
     half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), abstract)
-    cast = checkpoints.load_params(tmp_path, half)
+    cast = checkpoints.load_params(folder.parent, half)
     _equal(cast, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
     del abstract["table"]
     with pytest.raises(checkpoints.CheckpointError, match="params/table: .*model absent"):
-        checkpoints.load_params(tmp_path, abstract)
+        checkpoints.load_params(folder.parent, abstract)
 
 
 def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):

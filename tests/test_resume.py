@@ -4,6 +4,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import time
 
 import pytest
@@ -136,3 +137,34 @@ def test_another_model_in_the_workdir_is_refused(numbers, stopped, tmp_path):
     said = run.said()
     assert "params/embed/table: checkpoint float32[32, 16], model float32[32, 32]" in said
     assert "Traceback" not in said
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(f"cannot mount a small file system: {error}")
+    if done.returncode:
+        pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_room_continues_it(numbers, uninterrupted, small_disk):
+    run = tiny_system.Run(small_disk, numbers, _SLOWLY)
+    run.wait_until(lambda: list(small_disk.glob("checkpoints/*/COMMIT.json")))
+    filler = small_disk / "filler"
+    room = shutil.disk_usage(small_disk).free
+    filler.write_bytes(bytes(room - 300_000))  # enough for metrics.jsonl, not for a checkpoint
+    assert run.finish() == 2, run.said()
+    (said,) = [line for line in run.said().splitlines() if line.startswith("error: ")]
+    assert "the disk is full" in said and "bytes are free" in said and "to resume" in said
+    assert "Traceback" not in run.said()
+    filler.unlink()
+    assert "resuming from step" in tiny_system.train(small_disk, numbers)
+    assert tiny_system.metrics(small_disk) == uninterrupted

@@ -14,7 +14,8 @@ The state is any pytree of arrays. It is stored flat, under its '/'-joined paths
 ("params/layers/attn/q/kernel", "opt_state/0/count"), and never pickled.
 
 With several processes all of them see one file system; process 0 decides and writes the JSON.
-`save` and `latest_good` are collective: every process calls them, in the same order.
+`save` and `latest_good` are collective: every process calls them, in the same order. Tested on
+local file systems; mount a bucket rather than naming it.
 """
 
 import dataclasses
@@ -115,7 +116,7 @@ class Checkpointer:
         try:
             self._orbax.save(self._step_folder(step) / "state", args=ocp.args.PyTreeSave(arrays))
         except Exception as error:
-            raise self._failed(step, num_bytes, error) from None
+            raise self._failed(step, num_bytes, error) from error
         # Not a daemon: an interpreter that exits normally waits for the marker.
         self._thread = threading.Thread(
             target=self._finish, args=(step, text, num_bytes), name=f"commit-{step}"
@@ -250,6 +251,7 @@ class Checkpointer:
             self._good.add(step)
         except Exception as error:
             self._error = self._failed(step, num_bytes, error)
+            self._error.__cause__ = error
             return
         if jax.process_index() == 0:
             try:
@@ -322,10 +324,10 @@ def load_params(path, abstract: Any = None, item: str = "params") -> Any:
 
 
 def _find_step(path: epath.Path) -> epath.Path:
-    if commit_marker.is_committed(path) or path.name.isdigit():
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    if commit_marker.is_committed(path) or (path.name.isdigit() and not folder.exists()):
         _require_good(path)
         return path
-    folder = path if path.name == "checkpoints" else path / "checkpoints"
     steps = _steps(folder)
     for step in sorted(steps, reverse=True):
         reason = commit_marker.why_bad(folder / str(step))
@@ -340,13 +342,13 @@ def _find_step(path: epath.Path) -> epath.Path:
 
 def _flatten(tree: Any) -> dict[str, Any]:
     """{'/'-joined path: leaf}, in the tree's own order."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-        )
-        for path, leaf in paths
-    }
+    flat = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in flat:
+            raise ValueError(f"two leaves of the state are called {name!r}")
+        flat[name] = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    return flat
 
 
 def _nest(arrays: dict[str, Any], prefix: str) -> dict:

@@ -67,8 +67,11 @@ class MetricWriter:
             name: value if value is None or math.isfinite(value) else None
             for name, value in scalars.items()
         }
-        self._file.write(json.dumps({"step": int(step), **finite}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": int(step), **finite}) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk; Python does not say which file
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         if self._events:
             for name, value in scalars.items():
                 self._events.add_scalar(name, value, int(step))
