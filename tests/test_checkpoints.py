@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import subprocess
 import threading
 import time
 
@@ -285,22 +284,6 @@ def test_a_disk_that_fills_up_while_saving_reaches_the_loop(tmp_path, monkeypatc
         saver.save(3, _state(3), {})
         saver.close()
         assert checkpoints.Checkpointer(tmp_path).latest_good() == 3
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 4 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except OSError as error:
-        pytest.skip(f"cannot mount a small file system: {error}")
-    if done.returncode:
-        pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("looks_roomy", [False, True])

@@ -4,7 +4,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
@@ -137,22 +136,6 @@ def test_another_model_in_the_workdir_is_refused(numbers, stopped, tmp_path):
     said = run.said()
     assert "params/embed/table: checkpoint float32[32, 16], model float32[32, 32]" in said
     assert "Traceback" not in said
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 4 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except OSError as error:
-        pytest.skip(f"cannot mount a small file system: {error}")
-    if done.returncode:
-        pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_stops_the_run_and_room_continues_it(numbers, uninterrupted, small_disk):
