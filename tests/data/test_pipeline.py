@@ -93,10 +93,23 @@ def test_seed_and_epoch_change_the_order(mixture, packing):
 
 
 @pytest.mark.slow
-@KINDS
-def test_worker_processes_change_nothing(mixture, packing):
-    expected = run(mixture, packing, 5, num_threads=0)
-    assert_same(run(mixture, packing, 5, num_workers=2), expected)
+def test_worker_processes_change_nothing(mixture):
+    expected = run(mixture, "documents", 5, num_threads=0)
+    assert_same(run(mixture, "documents", 5, num_workers=2), expected)
+
+
+@pytest.mark.slow
+def test_errors_of_worker_processes_arrive(tmp_path):
+    mixture = {"a": write(tmp_path / "a.jsonl", [1, -2, *range(3, 30)])}
+    options = {"shuffle": False, "num_workers": 1}
+    with pytest.raises(records.DataError, match=r"a\.jsonl:2: n=-2 is negative"):
+        run(mixture, "none", 9, max_bad_fraction=0.0, **options)
+    path = tmp_path / "b.jsonl"
+    path.write_text(json.dumps({"tokens": lvm_format.to_base64(np.array([1, 99]))}) + "\n")
+    config = pipeline.DataConfig(mixture={"b": {"type": "jsonl", "path": str(path)}}, num_workers=1)
+    with pipeline.make_batches(config, TOKENS, batch_size=2, seed=0) as batches:
+        with pytest.raises(records.DataError, match=r"b\.jsonl:1: token id 99"):
+            next(batches)
 
 
 def test_epochs_mixtures_and_augmentation(mixture):

@@ -54,14 +54,14 @@ class Document(NamedTuple):
 class StreamPlan:
     """Row -> pieces, for "stream".
 
-    Args:
+    Args (and attribute `lengths`):
       lengths: int[N], ids per record, 0 for unusable ones.
       shuffle: the endless order of the records.
       row_tokens: T.
     """
 
     def __init__(self, lengths: np.ndarray, shuffle: order.Shuffle, row_tokens: int):
-        self._lengths, self._shuffle, self._row_tokens = lengths, shuffle, row_tokens
+        self.lengths, self._shuffle, self._row_tokens = lengths, shuffle, row_tokens
         self._total = int(lengths.sum())
         if self._total < 2:
             raise records.DataError(f"{shuffle.name!r}: {self._total} tokens cannot be trained on")
@@ -109,7 +109,7 @@ class StreamPlan:
 
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         indices = self._shuffle.of_epoch(epoch)
-        return indices, np.concatenate([[0], np.cumsum(self._lengths[indices], dtype=np.int64)])
+        return indices, np.concatenate([[0], np.cumsum(self.lengths[indices], dtype=np.int64)])
 
 
 class DocumentPlan:
@@ -120,7 +120,7 @@ class DocumentPlan:
     """
 
     def __init__(self, lengths: np.ndarray, shuffle: order.Shuffle, row_tokens: int):
-        self._lengths, self._shuffle, self._row_tokens = lengths, shuffle, row_tokens
+        self.lengths, self._shuffle, self._row_tokens = lengths, shuffle, row_tokens
         if not (lengths > 1).any():
             raise records.DataError(
                 f"{shuffle.name!r}: none of {len(lengths)} documents has 2 tokens to learn from"
@@ -130,7 +130,7 @@ class DocumentPlan:
         self._lock = threading.Lock()
 
     def __reduce__(self):
-        return DocumentPlan, (self._lengths, self._shuffle, self._row_tokens)
+        return DocumentPlan, (self.lengths, self._shuffle, self._row_tokens)
 
     @property
     def rows_per_pass(self) -> int:
@@ -170,7 +170,7 @@ class DocumentPlan:
         indices = self._shuffle.of_epoch(epoch)
         placed, num_rows = [], 0
         space: dict[int, int] = {}  # of the open rows, oldest first
-        for index, length in zip(indices.tolist(), self._lengths[indices].tolist()):
+        for index, length in zip(indices.tolist(), self.lengths[indices].tolist()):
             for start in range(0, length - 1, self._row_tokens):
                 size = min(self._row_tokens, length - 1 - start)
                 row = next((row for row, free in space.items() if free >= size), num_rows)

@@ -348,12 +348,16 @@ class _Rows:
 
     def load_document(self, name: str, index: int) -> packing.Document:
         """Ids and weights of one record, or why there are none."""
-        source = self._entries[name].source
+        source, _, plan = self._entries[name]
         with _naming(source.record_id(index)):
             try:
-                return packing.Document(*self._formatter.encode(source[index]))
+                ids, weights = self._formatter.encode(source[index])
             except records.BadRecordError as error:
                 return packing.Document(None, None, str(error))
+        if len(ids) != plan.lengths[index]:
+            changed = f"{len(ids)} ids, and {plan.lengths[index]} when they were counted"
+            return packing.Document(None, None, changed)
+        return packing.Document(ids, weights)
 
     @functools.cached_property
     def _zeros(self) -> dict[str, np.ndarray]:
@@ -430,8 +434,9 @@ def _token_lengths(
             "causes": np.array(causes, np.str_),
         }
 
-    fingerprint = source.fingerprint()
-    if fingerprint is None:
+    fingerprint = getattr(source, "fingerprint", lambda: None)()
+    # A formatter that is no dataclass does not show its settings, so nothing can be kept for it.
+    if fingerprint is None or not dataclasses.is_dataclass(formatter):
         arrays = build()
     else:
         key = [fingerprint, type(formatter).__module__, repr(formatter)]
