@@ -29,7 +29,10 @@ def main(argv=None):
     try:
         values(argv)
     except (flags.Error, OSError, AttributeError, TypeError, ValueError) as error:
-        _fail(f"{error}")
+        _fail(str(error))
+    except KeyError as error:  # an override below a section that the recipe has not
+        message = str(error.args[0]).replace("\n", ". ")
+        _fail(f"unknown key in an override of --config: {message}")
     if values["config"].value is None or not values.workdir:
         _fail("both --config and --workdir are needed; --help shows the use")
 
@@ -90,6 +93,9 @@ def _locate_recipe(argv):
         installed = pathlib.Path(__file__).parent / "configs" / pathlib.Path(path).name
         if not os.path.exists(path) and installed.exists():
             path = str(installed)
+        if not os.path.exists(path):
+            names = ", ".join(sorted(other.name for other in installed.parent.glob("*.py")))
+            _fail(f"no recipe {path}" + (f"; installed: {names}" if names else ""))
             argv[at] = ("" if at > index else "--config=") + path + (f":{arg}" if arg else "")
         configs = types.ModuleType("configs")
         configs.__path__ = [os.path.dirname(os.path.abspath(path))]

@@ -24,6 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
+from vlm_jax import config
+
 Params = Mapping[str, Any]
 Batch = Mapping[str, Any]
 Key = Any
@@ -73,7 +75,7 @@ def resolve(name: str, kind: str) -> ModuleType:
     """The module called `name`: `vlm_jax.<kind>.<name>`, or a dotted name as it stands.
 
     Raises:
-      ValueError: there is no such module; the message names the nearest one.
+      ConfigError: there is no such module; the message names the nearest one.
     """
     full = name if "." in name else f"vlm_jax.{kind}.{name}"
     try:
@@ -83,7 +85,7 @@ def resolve(name: str, kind: str) -> ModuleType:
             raise  # the module exists; something that it needs does not
         near = difflib.get_close_matches(name, known(kind), 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(
+        raise config.ConfigError(
             f"there is no {kind[:-1]} called {name!r}; {hint}known: {', '.join(known(kind))}"
         ) from None
 

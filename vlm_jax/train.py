@@ -8,7 +8,9 @@ its own `step_fn`; everything else stays.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import pathlib
 import sys
@@ -168,98 +170,109 @@ def fit(
     abstract = jax.eval_shape(make_state)
     shardings = state_shardings(mesh, task, abstract)
     rows = sharding.rows_of_process(mesh, config.batch_size)
-    for evaluation in evaluations:
-        first = evaluate_lib.first_batch(evaluation, formatter, config.seed)
-        evaluate_lib.check(evaluation, task, abstract["params"], first)
-
-    saver = checkpoints.Checkpointer(
-        workdir, keep_last=config.keep_last, milestone_every=config.milestone_every
-    )
-    start = saver.latest_good() or 0
-    owes_evaluation = False
-    if start:
-        _say(f"resuming from step {start} of {config.steps} in {workdir}")
-        target = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-        )
-        state, saved = saver.restore(start, target)
-        owes_evaluation = not saved["data"]["evaluated"]
-    else:
-        state = jax.jit(make_state, out_shardings=shardings)()
-        state["params"] = starting_point.lay_weights(
-            recipe.init, task, state["params"], load_upstream
-        )
-        if recipe.optim.ema:
-            state["ema"] = jax.tree.map(
-                jnp.copy, optim.split(state["params"], recipe.optim.trainable)[0]
-            )
-    _say(_describe(abstract, recipe, mesh))
-
     everywhere, by_rows = sharding.replicated(mesh), sharding.of_batch(mesh)
-    update = jax.jit(
-        step_fn(task, optimizer, recipe),
-        in_shardings=(shardings, by_rows, everywhere),
-        out_shardings=(shardings, everywhere),
-        donate_argnums=0,
-    )
-    # Jitted, because device_put cannot reach the devices of other processes.
-    step_rng = jax.jit(lambda: jax.random.fold_in(rng, 1), out_shardings=everywhere)()
-    runner = evaluate_lib.Runner(task, formatter, mesh, shardings["params"], config.seed)
-    writer = metric_writer.MetricWriter(
-        workdir, start_step=start, tensorboard=config.tensorboard, wandb=config.wandb
-    )
-    stop = stop_signal.StopSignal()
     last: dict[str, float] = {}
 
-    def evaluate(step):
-        params = _averaged(state, recipe)
+    with contextlib.ExitStack() as closing:  # last opened, first closed
+        saver = closing.enter_context(
+            checkpoints.Checkpointer(
+                workdir, keep_last=config.keep_last, milestone_every=config.milestone_every
+            )
+        )
+        start = saver.latest_good() or 0
+
+        # Data are looked at before anything is compiled or allocated.
+        batches = closing.enter_context(
+            pipeline.make_batches(
+                recipe.data,
+                formatter,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                start_step=start,
+                rows=rows,
+            )
+        )
+        first = next(batches)
+        getattr(task, "check_batch", lambda arrays: None)(first.arrays)
         for evaluation in evaluations:
-            every = evaluation.config.every
-            if step == config.steps or (every and step % every == 0):
-                if bar is not None:
+            example = evaluate_lib.first_batch(evaluation, formatter, config.seed)
+            evaluate_lib.check(evaluation, task, abstract["params"], example)
+
+        owes_evaluation = False
+        if start:
+            _say(f"resuming from step {start} of {config.steps} in {workdir}")
+            target = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+            )
+            state, saved = saver.restore(start, target)
+            owes_evaluation = not saved["data"]["evaluated"]
+        else:
+            state = jax.jit(make_state, out_shardings=shardings)()
+            state["params"] = starting_point.lay_weights(
+                recipe.init, task, state["params"], load_upstream
+            )
+            if recipe.optim.ema:
+                learned, _ = optim.split(state["params"], recipe.optim.trainable)
+                state["ema"] = jax.tree.map(jnp.copy, learned)
+        _say(_describe(abstract, recipe, mesh))
+
+        update = jax.jit(
+            step_fn(task, optimizer, recipe),
+            in_shardings=(shardings, by_rows, everywhere),
+            out_shardings=(shardings, everywhere),
+            donate_argnums=0,
+        )
+        # Jitted, because device_put cannot reach the devices of other processes.
+        step_rng = jax.jit(lambda: jax.random.fold_in(rng, 1), out_shardings=everywhere)()
+        runner = evaluate_lib.Runner(task, formatter, mesh, shardings["params"], config.seed)
+        if jax.process_index() == 0:
+            closing.callback(curves.draw, workdir)
+        writer = closing.enter_context(
+            metric_writer.MetricWriter(
+                workdir, start_step=start, tensorboard=config.tensorboard, wandb=config.wandb
+            )
+        )
+        bar = closing.enter_context(contextlib.closing(_make_bar(task, first, start, config, mesh)))
+        stop = stop_signal.StopSignal()
+        closing.callback(stop.restore)
+
+        def evaluate(step):
+            params = _averaged(state, recipe)
+            for evaluation in evaluations:
+                every = evaluation.config.every
+                if step == config.steps or (every and step % every == 0):
                     bar.pause()
-                with partition.use_mesh(mesh):
-                    results = runner(evaluation, params, workdir / "eval" / f"{step:08d}")
-                writer.write(step, results)
-                last.update(results)
-                _say("  ".join(f"{key}={value:.5g}" for key, value in results.items()))
-                if bar is not None:
+                    with partition.use_mesh(mesh):
+                        results = runner(evaluation, params, workdir / "eval" / f"{step:08d}")
+                    writer.write(step, results)
+                    last.update(results)
+                    _say("  ".join(f"{key}={value:.5g}" for key, value in results.items()))
                     bar.resume()
 
-    def save(step, evaluated):
-        position = {"step": step, "seed": config.seed, "evaluated": evaluated}
-        saver.save(step, state, {**(meta or {}), "data": position})
+        def save(step, evaluated):
+            position = {"step": step, "seed": config.seed, "evaluated": evaluated}
+            saver.save(step, state, {**(meta or {}), "data": position})
 
-    def settle(pending):
-        """Looks at the metrics of an update that has been dispatched earlier."""
-        step, metrics, batch = pending
-        values = {key: float(x) for key, x in jax.device_get(metrics).items()}
-        if not math.isfinite(values["loss"]):
-            raise TrainingStopped(_explain_nonfinite(workdir, step, values, batch, rows))
-        if step == start + 1:
-            bar.restart(step)  # until here it was compiled
-        if step % config.log_every == 0 or step == config.steps:
-            speed = bar.speed(step)
-            writer.write(step, {**{f"train/{k}": v for k, v in values.items()}, **speed})
-            bar.update(step, values["loss"], speed)
-            last.update(values)
+        def settle(pending):
+            """Looks at the metrics of an update that has been dispatched earlier."""
+            step, metrics, batch = pending
+            values = {key: float(x) for key, x in jax.device_get(metrics).items()}
+            if not math.isfinite(values["loss"]):
+                raise TrainingStopped(_explain_nonfinite(workdir, step, values, batch, rows))
+            if step == start + 1:
+                bar.restart(step)  # until here it was compiled
+            if step % config.log_every == 0 or step == config.steps:
+                speed = bar.speed(step)
+                writer.write(step, {**{f"train/{k}": v for k, v in values.items()}, **speed})
+                bar.update(step, values["loss"], speed)
+                last.update(values)
 
-    batches = pipeline.make_batches(
-        recipe.data,
-        formatter,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start_step=start,
-        rows=rows,
-    )
-    bar, pending, step = None, None, start
-    try:
         if owes_evaluation:  # the run was asked to stop at a step that is evaluated
             evaluate(start)
-        for batch in batches:
-            if bar is None:
-                bar = _make_bar(task, batch, start, config, mesh)
-                getattr(task, "check_batch", lambda arrays: None)(batch.arrays)
+        if start >= config.steps:
+            _say(f"step {start} of {config.steps} was already reached; nothing is left to train")
+        pending, step = None, start
+        for batch in itertools.chain([first], batches):
             if step >= config.steps:
                 break
             placed = sharding.place_batch(mesh, batch.arrays, rows, config.batch_size)
@@ -285,19 +298,8 @@ def fit(
                 save(step, evaluated=not (evaluates and interrupted))
             if interrupted:
                 _say(f"asked to stop: saved step {step}; the same command continues from there")
-                return last
+                break
             saver.check()
-        if start >= config.steps:
-            _say(f"step {start} of {config.steps} was already reached; nothing is left to train")
-    finally:
-        stop.restore()
-        batches.close()
-        if bar is not None:
-            bar.close()
-        saver.close()
-        writer.close()
-        if jax.process_index() == 0:
-            curves.draw(workdir)
     return last
 
 

@@ -147,8 +147,8 @@ class Cache:
     """Keys and values of the tokens seen so far; a pytree, passed in and returned.
 
     Attributes:
-      layers: {"k", "v"}: [L, B, K, S, H] for scanned layers, else one such dict per layer with
-        [B, K, S, H]. Heads before slots: one query then reads contiguous memory.
+      layers: {"k", "v"}: [L, B*K, S, H] for scanned layers, else one such dict per layer with
+        [B*K, S, H]: the layout in which one query reads it in place (attention._one_query).
       valid_bs: bool, slots that hold a real token.
       index: int32, the next free slot, the same for all rows (shorter prompts are left-padded).
     """
@@ -160,13 +160,19 @@ class Cache:
     def rows(self, index_r: jax.Array) -> Cache:
         """The cache of these rows: repeats a prompt for several samples, reorders beams."""
         axis = 1 if "k" in self.layers else 0
-        take = lambda x: jnp.take(x, index_r, axis=axis)  # noqa: E731
+        b = self.valid_bs.shape[0]
+
+        def take(x):
+            split = x.reshape(*x.shape[:axis], b, -1, *x.shape[axis + 1 :])
+            rows = jnp.take(split, index_r, axis=axis)
+            return rows.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
         return Cache(jax.tree.map(take, self.layers), self.valid_bs[index_r], self.index)
 
 
 def make_cache(cfg: LlamaConfig, batch: int, length: int, dtype=None) -> Cache:
     """An empty cache for `length` tokens; dtype None is the compute dtype."""
-    shape = (batch, cfg.kv_heads, length, cfg.head_size)
+    shape = (batch * cfg.kv_heads, length, cfg.head_size)
     empty = lambda *stack: {  # noqa: E731
         name: jnp.zeros((*stack, *shape), dtype or cfg.dtype) for name in ("k", "v")
     }
@@ -336,7 +342,7 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = {"k": _write(cache["k"], k_btkh, index), "v": _write(cache["v"], v_btkh, index)}
             if not fresh:
-                k_btkh, v_btkh = cache["k"].swapaxes(1, 2), cache["v"].swapaxes(1, 2)
+                k_btkh, v_btkh = (_read(cache[name], x_btd.shape[0]) for name in ("k", "v"))
         o_btnh = attention.attend(q_btnh, k_btkh, v_btkh, **where)
         return self._merge(o_btnh), cache
 
@@ -425,9 +431,14 @@ def _count(valid_bt):
     return jnp.cumsum(valid_bt, axis=1, dtype=jnp.int32)
 
 
-def _write(cache_bksh, new_btkh, index):
-    new_bkth = new_btkh.swapaxes(1, 2).astype(cache_bksh.dtype)
-    return jax.lax.dynamic_update_slice(cache_bksh, new_bkth, (0, 0, index, 0))
+def _write(cache_zsh, new_btkh, index):
+    _, t, _, h = new_btkh.shape
+    new_zth = new_btkh.swapaxes(1, 2).reshape(-1, t, h).astype(cache_zsh.dtype)
+    return jax.lax.dynamic_update_slice(cache_zsh, new_zth, (0, index, 0))
+
+
+def _read(cache_zsh, b):
+    return cache_zsh.reshape(b, -1, *cache_zsh.shape[1:]).swapaxes(1, 2)
 
 
 def decode_form(params, cfg: LlamaConfig):

@@ -1,0 +1,179 @@
+"""What a user can get wrong, through the command line: one message, exit status 2, no trace."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from vlm_jax import main, predict
+from vlm_jax.datasets import visual_sentences
+
+RECIPE = str(pathlib.Path(__file__).parents[1] / "configs" / "lvm_3b.py")
+
+
+def fails(capsys, arguments, *words, status=2, run=main.main):
+    """Runs the command line in this process; returns stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        run(arguments)
+    err = capsys.readouterr().err
+    assert stopped.value.code == status, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err, f"{word!r} not in:\n{err}"
+    return err
+
+
+@pytest.fixture
+def train(tmp_path, capsys):
+    """Runs the tiny recipe on a small token file, with overrides; returns stderr on failure."""
+
+    def run(*overrides, sentences=None, words=(), path=None, expect_failure=True):
+        if path is None:
+            path = tmp_path / "sentences.array_record"
+            if sentences is None:
+                sentences = [np.arange(512) % 1024] * 8
+            write(path, sentences)
+        arguments = [
+            "main",
+            f"--config={RECIPE}:tiny",
+            f"--workdir={tmp_path / 'run'}",
+            "--config.prepare={}",
+            "--config.evals={}",
+            f"--config.data.mixture={{'own': {{'type': 'array_record', 'path': '{path}'}}}}",
+            "--config.model.depth=1",
+            "--config.model.width=32",
+            "--config.model.mlp_width=32",
+            "--config.train.steps=2",
+            "--config.optim.warmup_steps=0",
+            "--config.train.tensorboard=False",
+            *overrides,
+        ]
+        if not expect_failure:
+            return main.main(arguments)
+        return fails(capsys, arguments, *words)
+
+    return run
+
+
+def write(path, sentences):
+    visual_sentences.write(
+        path,
+        (visual_sentences.Sentence(ids, 8, f"s{i}") for i, ids in enumerate(sentences)),
+    )
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("--config.train.stpes=5", ["unknown key train.stpes", "did you mean 'steps'"]),
+        ("--config.trian.steps=5", ["unknown key", "trian", 'Did you mean "train"']),
+        ("--config.model.widht=5", ["unknown key model.widht", "did you mean 'width'"]),
+        ("--config.task.loss_maen='row'", ["unknown key task.loss_maen", "'loss_mean'"]),
+        ("--config.formatter.max_token=5", ["formatter.max_token", "'max_tokens'"]),
+        ("--config.optim.lr=fast", ["optim.lr", "fast"]),
+        ("--config.train.batch_size=8.5", ["train.batch_size", "8.5"]),
+        ("--config.model.width=30", ["width", "30", "4"]),
+        ("--config.train.batch_size=6", ["train.batch_size=6", "mesh.data*mesh.fsdp"]),
+        ("--config.mesh.data=3", ["mesh.data=3", "8"]),
+        ("--config.formatter.max_tokens=2048", ["2048", "max_tokens=1024"]),
+        ("--config.system=lmv", ["no system called 'lmv'", "did you mean 'lvm'"]),
+        ("--config.optim.trainable=^nothing", ["'^nothing' matches none"]),
+        ("--config.optim.warmup_steps=50", ["warmup_steps=50 is longer"]),
+        ("--config.task.codebook_size=5000", ["codebook_size=5000", "vocab_size=1124"]),
+        ("--config.data.packing=tight", ["packing='tight'", "stream"]),
+        ("--config.init.upstream=/nowhere/x.safetensors", ["/nowhere/x.safetensors"]),
+        (
+            "--config.evals={'e': {'type': 'perplexty', 'data': {}}}",
+            ["no evaluator called 'perplexty'", "did you mean 'perplexity'"],
+        ),
+    ],
+)
+def test_recipe(train, override, words):
+    train(override, words=words)
+
+
+def test_missing_recipe_and_flags(capsys, tmp_path):
+    fails(capsys, ["main", "--config=configs/lvm_4b.py", f"--workdir={tmp_path}"], "lvm_4b.py")
+    fails(capsys, ["main", f"--config={RECIPE}:tiny"], "--workdir")
+    fails(capsys, ["main", f"--confg={RECIPE}"], "confg")
+
+
+def test_missing_file(train, tmp_path):
+    train(path=tmp_path / "absent.array_record", words=["no such file", "absent.array_record"])
+
+
+def test_empty_data_set(train):
+    train(sentences=[], words=["data.mixture.own is empty"])
+
+
+def test_token_ids_out_of_range(train):
+    ids = np.arange(512)
+    ids[7] = 1124
+    train(sentences=[ids] * 4, words=["token id 1124", "outside [0, 1124)", "array_record:0"])
+
+
+def test_a_checkpoint_of_another_size(train):
+    train(expect_failure=False)
+    err = train(
+        "--config.model.width=64",
+        "--config.train.steps=4",
+        words=["is of another model", "embed/table", "[1124, 32]", "[1124, 64]"],
+    )
+    assert "another workdir" in err
+
+
+def test_a_loss_that_is_not_finite_names_and_saves_the_batch(train, tmp_path):
+    err = train(
+        "--config.optim.lr=1e30",
+        "--config.optim.clip_norm=0.0",
+        "--config.train.steps=20",
+        words=["at step", "Records of the batch", "sentences.array_record:", "lower optim.lr"],
+    )
+    (saved,) = (tmp_path / "run").glob("nonfinite_batch_*.npz")
+    assert saved.name in err
+    with np.load(saved) as batch:
+        assert batch["tokens"].shape == (8, 513)
+    # Nothing of the broken state was kept.
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "bomb", "absent"])
+def test_images_given_to_predict(capsys, tmp_path, kind):
+    import io
+
+    from PIL import Image
+
+    path = tmp_path / f"{kind}.png"
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(
+        buffer, "PNG"
+    )
+    if kind == "truncated":
+        path.write_bytes(buffer.getvalue()[:2000])
+    elif kind == "text":
+        path.write_text("this is not an image")
+    elif kind == "bomb":
+        Image.new("1", (20_000, 10_000)).save(path)
+    # The checkpoint does not exist: images are looked at first.
+    arguments = ["lvm", "--checkpoint=/nowhere", "--continue", str(path)]
+    fails(capsys, arguments, path.name, run=predict.main)
+
+
+def test_unknown_system_and_checkpoint(capsys, tmp_path):
+    fails(capsys, ["lmv"], "no system 'lmv'", "lvm", run=predict.main)
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    arguments = ["lvm", "--checkpoint=/nowhere", "--tokenizer=/nowhere", "--continue"]
+    fails(capsys, [*arguments, str(tmp_path / "a.png")], "/nowhere", run=predict.main)
+
+
+def test_a_run_of_another_system_is_refused(tmp_path):
+    import vlm_jax
+
+    (tmp_path / "checkpoints").mkdir()
+    config = {"config": {"system": "vqgan", "model": {}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="run of the system 'vqgan', not of 'lvm'"):
+        vlm_jax.load("lvm", str(tmp_path))
