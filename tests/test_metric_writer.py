@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlm_jax import config as config_lib
 from vlm_jax import curves, hardware, metric_writer, progress, provenance
 
 
@@ -67,7 +68,7 @@ def test_event_files(tmp_path):
 
 def test_wandb_missing_is_said_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="wandb='paintings'.*not installed"):
+    with pytest.raises(config_lib.ConfigError, match="wandb='paintings'.*not installed"):
         metric_writer.MetricWriter(tmp_path, wandb="paintings")
 
 

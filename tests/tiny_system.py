@@ -7,6 +7,7 @@ must get right when it continues: dropout noise, augmentation, a schedule and mo
         --config.data.mixture.lines.path=numbers.jsonl
 """
 
+import atexit
 import dataclasses
 import json
 import os
@@ -160,6 +161,7 @@ class Run:
                 env=environment,
                 cwd=ROOT,
             )
+        atexit.register(self._process.kill)  # a failed test must not leave it running
 
     def stop(self, number=signal.SIGTERM):
         self._process.send_signal(number)

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
+from vlm_jax import config as config_lib
+
 FILE = "metrics.jsonl"
 
 
@@ -28,7 +30,7 @@ class MetricWriter:
       wandb: project name for Weights & Biases; "" is off.
 
     Raises:
-      ValueError: `wandb` is asked for and not installed.
+      ConfigError: `wandb` is asked for and not installed.
     """
 
     def __init__(self, workdir, start_step: int = 0, tensorboard: bool = True, wandb: str = ""):
@@ -144,7 +146,7 @@ def _start_wandb(workdir: pathlib.Path, project: str):
     try:
         import wandb
     except ImportError:
-        raise ValueError(
+        raise config_lib.ConfigError(
             f"train.wandb={project!r} is asked for, but wandb is not installed: install it, or "
             "set train.wandb=''"
         ) from None
