@@ -114,12 +114,12 @@ PRESETS: Mapping[str, VqganConfig] = {
     # ours: 64 px, 64 tokens; configs/vqgan_f16.py:tiny trains it and the package ships it.
     "tiny": VqganConfig(
         resolution=64,
-        hidden_channels=32,
+        hidden_channels=16,
         channel_mult=(1, 2, 4, 4),
         num_res_blocks=1,
         z_channels=32,
         num_embeddings=1024,
-        quantized_width=16,
+        quantized_width=8,
         norm_groups=8,
     ),
 }
@@ -205,13 +205,17 @@ class Vqgan(nnx.Module):
         """int32[B, t] -> image01 float32[B, f*sqrt(t), f*sqrt(t), 3], not clamped."""
         return self.decode_latents(self.lookup(ids_bt))
 
-    def straight_through(self, z_byxc, *, factor_on="codebook") -> StraightThrough:
+    def straight_through(self, z_byxc, *, factor_on="codebook", weight_b=None) -> StraightThrough:
         """Quantises z for training: the codes forward, the identity backward."""
         distances_bte = self.quantize.distances(z_byxc)
         ids_bt = jnp.argmin(distances_bte, axis=-1)
         codes_byxc = self.quantize.codes(ids_bt).reshape(z_byxc.shape)
         loss = quantizer_loss(
-            z_byxc, codes_byxc, cost=self.cfg.commitment_cost, factor_on=factor_on
+            z_byxc,
+            codes_byxc,
+            cost=self.cfg.commitment_cost,
+            factor_on=factor_on,
+            weight_b=weight_b,
         )
         passed_byxc = z_byxc + lax.stop_gradient(codes_byxc - z_byxc)
         return StraightThrough(passed_byxc, ids_bt, distances_bte, loss)
@@ -222,7 +226,7 @@ class Vqgan(nnx.Module):
         return self.decode_latents(quantized.codes_byxc), quantized
 
 
-def quantizer_loss(z_byxc, codes_byxc, *, cost, factor_on="codebook"):
+def quantizer_loss(z_byxc, codes_byxc, *, cost, factor_on="codebook", weight_b=None):
     """mean((sg[e] - z)^2) and mean((e - sg[z])^2), one of them times `cost`.
 
     The first pulls the encoder to its code (commitment), the second the code to the encoder.
@@ -233,12 +237,13 @@ def quantizer_loss(z_byxc, codes_byxc, *, cost, factor_on="codebook"):
       cost: the factor, 0.25 in the released config.
       factor_on: "codebook" as the released code does (upstream: VectorQuantizer.forward, the
         "legacy" order of taming), "commitment" as the VQ-VAE paper has it (eq. 3).
+      weight_b: float32[B] of each example in the means; None counts all alike.
 
     Returns:
       Scalar.
     """
-    commitment = jnp.mean(jnp.square(lax.stop_gradient(codes_byxc) - z_byxc))
-    codebook = jnp.mean(jnp.square(codes_byxc - lax.stop_gradient(z_byxc)))
+    commitment = weighted_mean(jnp.square(lax.stop_gradient(codes_byxc) - z_byxc), weight_b)
+    codebook = weighted_mean(jnp.square(codes_byxc - lax.stop_gradient(z_byxc)), weight_b)
     if factor_on == "codebook":
         return commitment + cost * codebook
     if factor_on == "commitment":
@@ -246,7 +251,7 @@ def quantizer_loss(z_byxc, codes_byxc, *, cost, factor_on="codebook"):
     raise ValueError(f"factor_on={factor_on!r}; use 'codebook' or 'commitment'")
 
 
-def entropy_penalty(distances_bte, *, temperature):
+def entropy_penalty(distances_bte, *, temperature, weight_b=None):
     """MaskGIT's penalty: decided tokens, evenly used codes.
 
     With p = softmax(-distance / temperature) per token, the mean entropy of p minus the entropy of
@@ -256,16 +261,26 @@ def entropy_penalty(distances_bte, *, temperature):
     Args:
       distances_bte: float32[B, t, codes].
       temperature: MaskGIT uses 0.01 on its own latent scale.
+      weight_b: float32[B] of each example in the means; None counts all alike.
 
     Returns:
       Scalar in [-log(codes), 0], up to rounding.
     """
     logp_bte = jax.nn.log_softmax(-distances_bte / temperature, axis=-1)
     p_bte = jnp.exp(logp_bte)
-    mean_p_e = p_bte.mean((0, 1))
-    token_entropy = -jnp.sum(p_bte * logp_bte, axis=-1).mean()
+    mean_p_e = weighted_mean(p_bte.mean(1), weight_b, axis=0)
+    token_entropy = weighted_mean(-jnp.sum(p_bte * logp_bte, axis=-1), weight_b)
     code_entropy = -jnp.sum(mean_p_e * jnp.log(mean_p_e + 1e-8))
     return token_entropy - code_entropy
+
+
+def weighted_mean(x, weight_b=None, axis=None):
+    """Mean of x[B, ...] over all axes (or `axis` 0 alone), examples weighted; 0 without weight."""
+    if weight_b is None:
+        return jnp.mean(x, axis=axis)
+    weight = weight_b.reshape(-1, *(1,) * (x.ndim - 1)) / jnp.maximum(weight_b.sum(), 1e-9)
+    per_example = x if axis == 0 else x.mean(tuple(range(1, x.ndim)), keepdims=True)
+    return jnp.sum(weight * per_example, axis=axis)
 
 
 class Codebook(nnx.Module):

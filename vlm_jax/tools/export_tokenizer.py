@@ -1,0 +1,70 @@
+r"""Turns a vqgan run into a small folder that recipes and `load_tokenizer` read.
+
+    python -m vlm_jax.tools.export_tokenizer --workdir=runs/vqgan --to=my_tokenizer
+
+Writes params.safetensors and config.json. Halving the precision moves a few ids to a neighbouring
+code: tokenize with the exported weights, never with the run and its export side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="export_tokenizer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--workdir", required=True, help="of a run of the system vqgan")
+    parser.add_argument("--to", required=True, help="folder to write; holds no weights yet")
+    parser.add_argument("--dtype", default="float16", choices=("float32", "bfloat16", "float16"))
+    args = parser.parse_args(argv)
+    for name, digest in export(args.workdir, args.to, dtype=args.dtype).items():
+        print(f"sha256    {digest}  {name}")
+    return 0
+
+
+def export(workdir: str, folder: str, *, dtype: str = "float16") -> dict[str, str]:
+    """Writes the parameters of the newest good checkpoint; the moving average where one was kept.
+
+    Args:
+      workdir: of the run.
+      folder: must not hold weights yet.
+      dtype: of the file.
+
+    Returns:
+      File name -> sha256.
+
+    Raises:
+      ValueError: a run of another system.
+      CheckpointError: nothing good is there.
+    """
+    from vlm_jax import checkpoints
+    from vlm_jax.systems import vqgan
+    from vlm_jax.weights import export as export_lib
+
+    recipe = json.loads((pathlib.Path(workdir) / "config.json").read_text())["config"]
+    if recipe["system"] != "vqgan":
+        raise ValueError(f"{workdir} is a run of the system {recipe['system']!r}, not 'vqgan'")
+    cfg = vqgan.make_task(recipe["model"], **recipe.get("task", {})).cfg
+    averaged = recipe.get("optim", {}).get("ema", 0.0)
+    params = checkpoints.load_params(workdir, item="ema" if averaged else "params")
+    if averaged:
+        params = _nested(params)
+    return export_lib.write(folder, export_lib.native("vqgan", params, cfg, dtype))
+
+
+def _nested(params):
+    """The average is stored flat, {'encoder/conv_in/bias': x}."""
+    from vlm_jax.nn import functional
+
+    return functional.unflatten(functional.flatten(params))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
