@@ -12,7 +12,7 @@ VERSION = re.search(
 
 EXTRAS = {
     # Images, videos and TFDS data sets.
-    "data": ["pillow>=10", "av>=12", "tensorflow-datasets>=4.9.7", "importlib_resources>=6"],
+    "data": ["av>=12", "tensorflow-datasets>=4.9.7", "importlib_resources>=6"],
     # Tokenizers of the language models.
     "text": ["transformers>=4.50", "tokenizers>=0.20", "sentencepiece>=0.2"],
     # Curves, event files.
@@ -54,6 +54,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
+        "pillow>=10.1",
         "safetensors>=0.5",
     ],
     extras_require=EXTRAS,
