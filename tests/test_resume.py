@@ -90,11 +90,11 @@ def test_after_kill_at_random_moments(numbers, uninterrupted, tmp_path):
         run = tiny_system.Run(tmp_path, numbers, _SLOWLY)
         run.wait_for_step(reached + rng.randint(2, 10))
         if kill == 1:  # while a checkpoint is being written
-            run.wait_until(lambda: _unfinished_saves(tmp_path))
+            run.wait_until(lambda: _unfinished_saves(tmp_path), may_end=True)
         else:
             time.sleep(rng.random() / 5)
         run.stop(signal.SIGKILL)
-        assert run.finish() == -signal.SIGKILL
+        assert run.finish() in (-signal.SIGKILL, 0)  # 0: it was faster
         committed = [path.parent.name for path in tmp_path.glob("checkpoints/*/COMMIT.json")]
         reached = max((int(step) for step in committed if step.isdigit()), default=0)
     said = tiny_system.train(tmp_path, numbers)
