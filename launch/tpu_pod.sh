@@ -3,7 +3,7 @@
 #
 #   launch/tpu_pod.sh create            make the slice (a queued resource) and wait for it
 #   launch/tpu_pod.sh install           copy this checkout to every host and install it
-#   launch/tpu_pod.sh run configs/lvm_3b.py gs://BUCKET/runs/lvm_3b [--config.a.b=v ...]
+#   launch/tpu_pod.sh run configs/lvm_3b.py /mnt/shared/runs/lvm_3b [--config.a.b=v ...]
 #   launch/tpu_pod.sh logs | stop | delete
 #
 # Settings, all from the environment: TPU_NAME, TPU_ZONE, TPU_TYPE (v5litepod-256), TPU_PROJECT,

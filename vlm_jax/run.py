@@ -33,7 +33,7 @@ from vlm_jax.weights import errors as weights_errors
 # Errors that are the user's to mend: the program prints their message without a trace.
 USER_ERRORS = (
     config_lib.ConfigError,
-    FileNotFoundError,
+    OSError,  # files that are not there, full disks; the message names the file
     checkpoints.CheckpointError,
     weights_errors.WeightsError,
     records.DataError,
