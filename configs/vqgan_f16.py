@@ -56,7 +56,7 @@ def tiny():
     c.model = dict(preset="tiny", dtype="float32")
     c.task = dict(
         l1_weight=0.5, l2_weight=4.0, quantizer_weight=1.0, factor_on="commitment",
-        entropy_weight=0.05, entropy_temperature=0.01,
+        entropy_weight=0.02, entropy_temperature=0.1,
     )  # fmt: skip
     c.formatter = dict(size=size, crop="none", flip=False)
     c.data = dict(
@@ -76,6 +76,8 @@ def tiny():
     c.optim = dict(
         lr=2e-3, end_lr=5e-5, warmup_steps=30, decay_steps=0, weight_decay=0.0, decay=".*",
         b1=0.9, b2=0.99, clip_norm=1.0, trainable=".*", ema=0.0,
+        # Codes have to follow the latents, which move far in the first hundred steps.
+        lr_scale={"quantize/embedding": 10.0},
     )  # fmt: skip
     c.mesh = dict(data=1, fsdp=-1, tensor=1)
     c.init = dict(run="", upstream="", random="")
