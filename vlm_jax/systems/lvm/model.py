@@ -315,7 +315,9 @@ def from_upstream(
         )
     images = tokenizer_lib.ImageTokenizer.load(tokenizer)
     cfg = llama.PRESETS[preset] if preset else None
-    cfg, params = llama_weights.load(checkpoint, cfg, dtype=dtype or _default_dtype())
+    dtype = dtype or _default_dtype()
+    # Stored as computed: 7B in float32 would take 26 GB for nothing.
+    cfg, params = llama_weights.load(checkpoint, cfg, dtype=dtype, param_dtype=dtype)
     if images.cfg.num_embeddings > cfg.vocab_size:
         raise ValueError(
             f"tokenizer {tokenizer!r} has {images.cfg.num_embeddings} codes, the language model "
