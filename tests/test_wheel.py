@@ -1,6 +1,7 @@
 """A built wheel holds everything and works outside the checkout."""
 
 import pathlib
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,7 +14,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "-q", "-w", folder]
+    source = folder / "source"
+    # From a copy: a build leaves folders behind, and picks up what an earlier one left.
+    for name in ("vlm_jax", "configs", "third_party"):
+        shutil.copytree(ROOT / name, source / name)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", source, "--no-deps", "-q", "-w", folder]
     out = subprocess.run(
         [*map(str, command), "--no-build-isolation"], capture_output=True, text=True, timeout=600
     )

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from vlm_jax import image_tokenizer
 from vlm_jax.decoding import sampling
 from vlm_jax.systems import lvm
-from vlm_jax.systems.lvm import tokenizer as tokenizer_lib
 from vlm_jax.weights import llama as llama_weights
 from vlm_jax.weights import vqgan as vqgan_weights
 
@@ -26,7 +26,7 @@ def parts(golden_lvm):
     cfg, params = llama_weights.load(golden_lvm / "llama.safetensors", cfg)
     vq_cfg = vqgan_weights.config_from_hf(settings["vqgan"])
     vq_cfg, vq_params = vqgan_weights.load(golden_lvm / "vqgan.safetensors", vq_cfg)
-    return cfg, params, tokenizer_lib.ImageTokenizer(vq_cfg, vq_params)
+    return cfg, params, image_tokenizer.ImageTokenizer(vq_cfg, vq_params)
 
 
 @pytest.fixture(scope="module")
@@ -120,4 +120,4 @@ def test_bad_input(model, golden):
 
 def test_a_tokenizer_of_another_size_is_refused():
     with pytest.raises(ValueError, match="1024 codes, the language model needs 8192"):
-        tokenizer_lib.ImageTokenizer.load("tiny", codebook_size=8192)
+        image_tokenizer.ImageTokenizer.load("tiny", codebook_size=8192)

@@ -4,12 +4,12 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from vlm_jax import config as config_lib
+from vlm_jax import image_tokenizer
 from vlm_jax.data import images, records
 from vlm_jax.evaluators import reconstruction
 from vlm_jax.metrics import image_quality
@@ -192,11 +192,12 @@ def test_evaluator_counts_codes_and_draws(tmp_path):
 
 def test_exported_tokenizer_loads_and_is_checked(task, params, tmp_path):
     export.write(tmp_path, export.native("vqgan", params, task.cfg, "float32"))
-    cfg, loaded = vqgan.load_tokenizer(str(tmp_path), num_embeddings=32, tokens_per_image=64)
-    assert cfg == task.cfg
-    jax.tree.map(np.testing.assert_array_equal, dict(params), loaded)
-    with pytest.raises(ValueError, match="has 32 codes, but 8192 are needed"):
-        vqgan.load_tokenizer(str(tmp_path), num_embeddings=8192)
+    load = image_tokenizer.ImageTokenizer.load
+    tokenizer = load(str(tmp_path), codebook_size=32, tokens_per_image=64)
+    assert tokenizer.cfg == task.cfg
+    jax.tree.map(np.testing.assert_array_equal, dict(params), tokenizer.params)
+    with pytest.raises(ValueError, match="has 32 codes, the language model needs 8192"):
+        load(str(tmp_path), codebook_size=8192)
     loaded = vqgan.load_upstream(str(tmp_path), task)
     jax.tree.map(np.testing.assert_array_equal, dict(params), loaded)
     other = vqgan.make_task(SMALL | dict(num_embeddings=64))
@@ -220,10 +221,9 @@ def test_released_layout_loads(golden_lvm, tmp_path):
 
 
 def test_shipped_tokenizer():
-    cfg, params = vqgan.load_tokenizer("tiny", num_embeddings=1024, tokens_per_image=64)
-    assert cfg == network.PRESETS["tiny"]
-    tokenizer = vqgan.Tokenizer(cfg, params)
-    flat = jnp.broadcast_to(jnp.array([0.9, 0.1, 0.1]), (1, 64, 64, 3))
+    tokenizer = image_tokenizer.ImageTokenizer.load("tiny", tokens_per_image=64)
+    assert tokenizer.cfg == network.PRESETS["tiny"]
+    flat = np.broadcast_to(np.array([0.9, 0.1, 0.1], np.float32), (1, 64, 64, 3))
     decoded = tokenizer.decode(tokenizer.encode(flat))
     # Trained: a red picture comes back reddish.
     red, green, blue = decoded[0].mean((0, 1))

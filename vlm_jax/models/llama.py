@@ -28,7 +28,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from vlm_jax.nn import functional, norms
-from vlm_jax.ops import attention, partition, rope
+from vlm_jax.ops import attention, matmul, partition, rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,19 +349,17 @@ class Attention(nnx.Module):
     def _project(self, x_btd):
         if self.cfg.fused:
             n, k, h = self.cfg.num_heads, self.cfg.kv_heads, self.cfg.head_size
-            flat_bto = jnp.einsum("btd,od->bto", x_btd, self.qkv.cast(x_btd))
+            flat_bto = self.qkv("btd,od->bto", x_btd)
             heads_btnh = flat_bto.reshape(*flat_bto.shape[:2], n + 2 * k, h)
             return jnp.split(heads_btnh, (n, n + k), axis=2)
-        projected = (
-            jnp.einsum("btd,dnh->btnh", x_btd, p.cast(x_btd)) for p in (self.q, self.k, self.v)
-        )
+        projected = (p("btd,dnh->btnh", x_btd) for p in (self.q, self.k, self.v))
         return [partition.constrain(x, partition.BATCH, None, "tensor", None) for x in projected]
 
     def _merge(self, o_btnh):
         if self.cfg.fused:
             flat_bto = o_btnh.reshape(*o_btnh.shape[:2], -1)
-            return jnp.einsum("bto,do->btd", flat_bto, self.o.cast(o_btnh))
-        return jnp.einsum("btnh,nhd->btd", o_btnh, self.o.cast(o_btnh))
+            return self.o("bto,do->btd", flat_bto)
+        return self.o("btnh,nhd->btd", o_btnh)
 
 
 class Mlp(nnx.Module):
@@ -381,15 +379,15 @@ class Mlp(nnx.Module):
     def __call__(self, x_btd):
         """x_btd -> x_btd."""
         if self.cfg.fused:
-            both = jnp.einsum("btd,fd->btf", x_btd, self.gate_up.cast(x_btd))
+            both = self.gate_up("btd,fd->btf", x_btd)
             gate_btf, up_btf = jnp.split(both, 2, axis=-1)
             hidden_btf = jax.nn.silu(gate_btf) * up_btf
-            return jnp.einsum("btf,df->btd", hidden_btf, self.down.cast(x_btd))
-        gate_btf = jnp.einsum("btd,df->btf", x_btd, self.gate.cast(x_btd))
-        up_btf = jnp.einsum("btd,df->btf", x_btd, self.up.cast(x_btd))
+            return self.down("btf,df->btd", hidden_btf)
+        gate_btf = self.gate("btd,df->btf", x_btd)
+        up_btf = self.up("btd,df->btf", x_btd)
         hidden_btf = jax.nn.silu(gate_btf) * up_btf
         hidden_btf = partition.constrain(hidden_btf, partition.BATCH, None, "tensor")
-        return jnp.einsum("btf,fd->btd", hidden_btf, self.down.cast(x_btd))
+        return self.down("btf,fd->btd", hidden_btf)
 
 
 class Embed(nnx.Module):
@@ -406,14 +404,14 @@ class Embed(nnx.Module):
 
 
 class Kernel(nnx.Module):
-    """A matrix without bias; its user contracts it."""
+    """A matrix without bias, applied by an einsum: `self.up("btd,df->btf", x_btd)`."""
 
     def __init__(self, cfg, rngs, sizes):
         self.kernel = nnx.Param(_normal(cfg, rngs, sizes))
 
-    def cast(self, like):
-        """The kernel in the dtype of `like`."""
-        return self.kernel[...].astype(like.dtype)
+    def __call__(self, spec, x):
+        """The product, in x's dtype."""
+        return matmul.project(spec, x, self.kernel[...].astype(x.dtype))
 
 
 def _normal(cfg, rngs, sizes):

@@ -1,4 +1,4 @@
-r"""Turns a vqgan run into a small folder that recipes and `load_tokenizer` read.
+r"""Turns a vqgan run into a small folder that recipes and `image_tokenizer` read.
 
     python -m vlm_jax.tools.export_tokenizer --workdir=runs/vqgan --to=my_tokenizer
 

@@ -18,10 +18,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from vlm_jax import image_tokenizer
 from vlm_jax.data import records
 from vlm_jax.datasets import demo_photos, demo_videos, visual_sentences
 from vlm_jax.systems.lvm import format as layouts
-from vlm_jax.systems.lvm import tokenizer as tokenizer_lib
 
 KINDS = ("video", "colour", "group")
 _MAX_STRIDE = 4  # frames; upstream draws 1...4 for frame folders
@@ -58,7 +58,7 @@ def prepare(
     note = folder / "made_of.json"
     if note.exists() and json.loads(note.read_text()) == made_of:
         return
-    encoder = tokenizer_lib.ImageTokenizer.load(tokenizer, max_batch=64)
+    encoder = image_tokenizer.ImageTokenizer.load(tokenizer, max_batch=64)
     for split, count in (("train", sentences), ("heldout", heldout_sentences)):
         rng = np.random.default_rng([seed, len(split)])
         # Crops stay out of the held-out split: its large photos are few.
@@ -96,7 +96,7 @@ def _draw(kind, photos, shots, num_images, rng) -> list[np.ndarray]:
 
 
 def _tokenize(
-    sentences: Iterable[list[np.ndarray]], encoder: tokenizer_lib.ImageTokenizer, kind: str
+    sentences: Iterable[list[np.ndarray]], encoder: image_tokenizer.ImageTokenizer, kind: str
 ) -> Iterator[visual_sentences.Sentence]:
     """Tokens of every sentence; an image that returns is encoded once."""
     sentences = list(sentences)

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax import image_tokenizer
 from vlm_jax.decoding import generate, sampling
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
 from vlm_jax.ops import losses
-from vlm_jax.systems.lvm import tokenizer as tokenizer_lib
 
 REFERENCE_TOP_K = 50  # upstream: inference.py leaves top_k unset, and generate() then takes 50
 MAX_ROWS = 32  # sequences per device call
@@ -44,7 +44,7 @@ class Lvm:
         self,
         cfg: llama.LlamaConfig,
         params: Any,
-        tokenizer: tokenizer_lib.ImageTokenizer,
+        tokenizer: image_tokenizer.ImageTokenizer,
         *,
         context_images: int = 16,
         lead_ids: Sequence[int] = (),
@@ -272,7 +272,7 @@ def from_run(
     name = tokenizer or task.tokenizer
     if not name:
         raise ValueError("the run names no tokenizer; give tokenizer=FOLDER")
-    images = tokenizer_lib.ImageTokenizer.load(
+    images = image_tokenizer.ImageTokenizer.load(
         name, codebook_size=task.codebook_size, tokens_per_image=task.tokens_per_image
     )
     return Lvm(
@@ -313,7 +313,7 @@ def from_upstream(
             f"{checkpoint} holds no tokenizer; give tokenizer=FOLDER with the released VQGAN "
             f"(config.json and pytorch_model.bin or .safetensors)"
         )
-    images = tokenizer_lib.ImageTokenizer.load(tokenizer)
+    images = image_tokenizer.ImageTokenizer.load(tokenizer)
     cfg = llama.PRESETS[preset] if preset else None
     dtype = dtype or _default_dtype()
     # Stored as computed: 7B in float32 would take 26 GB for nothing.

@@ -212,10 +212,10 @@ def _kind(names: list[str]) -> str:
 
 @functools.lru_cache(maxsize=2)
 def _tokenizer(name: str, codebook_size: int, tokens_per_image: int) -> Any:
-    from vlm_jax.systems.lvm import tokenizer
+    from vlm_jax import image_tokenizer
 
     if not name:
         raise ValueError("task.tokenizer is empty, and pictures need one; 'tiny' or a folder")
-    return tokenizer.ImageTokenizer.load(
+    return image_tokenizer.ImageTokenizer.load(
         name, codebook_size=codebook_size, tokens_per_image=tokens_per_image
     )

@@ -5,20 +5,12 @@ image01 ── encoder ── z ── nearest code ── ids ── codes ─�
 
 from vlm_jax.systems.vqgan.format import make_formatter
 from vlm_jax.systems.vqgan.task import VqganTask, make_task
-from vlm_jax.systems.vqgan.tokenizer import (
-    Tokenizer,
-    from_run,
-    from_upstream,
-    load_tokenizer,
-    load_upstream,
-)
+from vlm_jax.systems.vqgan.tokenizer import from_run, from_upstream, load_upstream
 
 __all__ = [
-    "Tokenizer",
     "VqganTask",
     "from_run",
     "from_upstream",
-    "load_tokenizer",
     "load_upstream",
     "make_formatter",
     "make_task",

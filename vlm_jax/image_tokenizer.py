@@ -1,4 +1,7 @@
-"""Images <-> ids: the frozen VQGAN with its resizing, batched and compiled once per bucket."""
+"""Images <-> ids: a trained VQGAN with its resizing, batched and compiled once per bucket.
+
+What systems over visual ids, evaluators and notebooks use; training is `systems/vqgan`.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,8 @@ class ImageTokenizer:
         """The tokenizer called `name`: "tiny" (shipped) or a folder; see `weights.vqgan.load`.
 
         Raises:
-          ValueError: it has another codebook or another number of ids per image than the language
-            model was trained with. The pair would run and give noise.
+          ValueError: another codebook or another number of ids per image than asked for. A language
+            model paired with a tokenizer that it was not trained on runs and gives noise.
         """
         cfg, params = vqgan_weights.load(name)
         for what, has, needs in (
@@ -48,7 +51,7 @@ class ImageTokenizer:
             if needs and has != needs:
                 raise ValueError(
                     f"tokenizer {name!r} has {has} {what}, the language model needs {needs}; "
-                    f"give the tokenizer that it was trained with"
+                    f"give the tokenizer that the ids were made with"
                 )
         return cls(cfg, params, max_batch)
 
