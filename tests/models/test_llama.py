@@ -19,7 +19,7 @@ from vlm_jax.ops import losses, partition
 from vlm_jax.weights import llama as weights
 from vlm_jax.weights import readers
 
-TINY = llama.LlamaConfig(40, 32, 3, 48, 4, num_kv_heads=2)
+TINY = llama.LlamaConfig(40, 32, 2, 48, 4, num_kv_heads=2)
 
 
 @functools.cache
@@ -37,6 +37,7 @@ def apply(cfg, params, method, *args, **kwargs):
     return run(params, args, kwargs)
 
 
+@functools.cache
 def random_params(cfg):
     """Larger than the real initialisation, so that attention is not flat."""
     params = jax.jit(network(cfg).init)(jax.random.key(0))
@@ -342,7 +343,7 @@ def run_on_mesh(sizes, params, tokens):
     return step(jax.device_put(params, places), jax.device_put(tokens, rows))
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4), (1, 2, 4)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4)])
 def test_meshes_agree_with_one_device(sizes):
     if math.prod(sizes) > jax.device_count():
         pytest.skip(f"needs {math.prod(sizes)} devices, there are {jax.device_count()}")
