@@ -9,7 +9,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 @dataclasses.dataclass
@@ -42,14 +41,18 @@ def take_turns(runs, rounds):
 
 
 def read_bandwidth(gib=1.0):
-    """Bytes per second when reading an array once: the best of a sum and a matrix-vector product."""
+    """Bytes per second when reading an array once: the best of a sum and of products with a vector.
+
+    The array is float32 and far larger than any cache.
+    """
     x = jnp.ones((int(gib * 2**28) // 4096, 4096), jnp.float32)
     v = jnp.ones(4096, jnp.float32)
-    runs = {"sum": lambda f=jax.jit(jnp.sum): f(x), "product": lambda f=jax.jit(jnp.dot): f(x, v)}
+    add, multiply = jax.jit(jnp.sum), jax.jit(jnp.dot)
+    runs = {"sum": lambda: add(x), "product": lambda: multiply(x, v)}
     if jax.default_backend() == "cpu":
         import torch
 
-        t = torch.from_numpy(np.asarray(x))
+        t = torch.ones(x.shape)
         runs["torch sum"] = lambda: t.sum().item()
     for run in runs.values():
         jax.block_until_ready(run())
