@@ -158,8 +158,17 @@ def _xla(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where):
         )
         if mask_bts is not None:
             scores = jnp.where(mask_bts[:, None, None], scores, _MASKED)
-        probs = jax.nn.softmax(scores, axis=-1).astype(v_bskh.dtype)
-        outputs.append(jnp.einsum("bkgts,bksh->bkgth", probs, v_bksh[:, :, cols]))
+        # Normalised after the product with v, where the sum is over h instead of s: the backward
+        # pass then has no reduction over [t, s] either. The maximum cancels, in the gradient too.
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        o_bkgth = jnp.einsum(
+            "bkgts,bksh->bkgth",
+            weights.astype(v_bskh.dtype),
+            v_bksh[:, :, cols],
+            preferred_element_type=jnp.float32,
+        )
+        o_bkgth /= weights.sum(axis=-1, keepdims=True)
+        outputs.append(o_bkgth.astype(v_bskh.dtype))
     o_bkgth = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3)
     return o_bkgth.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
