@@ -45,6 +45,7 @@ def export(workdir: str, folder: str, *, dtype: str = "float16") -> dict[str, st
       CheckpointError: nothing good is there.
     """
     from vlm_jax import checkpoints
+    from vlm_jax.nn import functional
     from vlm_jax.systems import vqgan
     from vlm_jax.weights import export as export_lib
 
@@ -53,17 +54,13 @@ def export(workdir: str, folder: str, *, dtype: str = "float16") -> dict[str, st
         raise ValueError(f"{workdir} is a run of the system {recipe['system']!r}, not 'vqgan'")
     cfg = vqgan.make_task(recipe["model"], **recipe.get("task", {})).cfg
     averaged = recipe.get("optim", {}).get("ema", 0.0)
-    params = checkpoints.load_params(workdir, item="ema" if averaged else "params")
+    params = checkpoints.load_params(workdir)
     if averaged:
-        params = _nested(params)
+        # Only trained leaves have an average.
+        flat = functional.flatten(params)
+        flat |= functional.flatten(checkpoints.load_params(workdir, item="ema"))
+        params = functional.unflatten(flat)
     return export_lib.write(folder, export_lib.native("vqgan", params, cfg, dtype))
-
-
-def _nested(params):
-    """The average is stored flat, {'encoder/conv_in/bias': x}."""
-    from vlm_jax.nn import functional
-
-    return functional.unflatten(functional.flatten(params))
 
 
 if __name__ == "__main__":
