@@ -55,13 +55,13 @@ def full(preset, batch_size, steps):
 
 
 def tiny():
-    codes, size = 1024, 64  # of the shipped tokenizer
-    images = 8  # of a row
+    codes, size = 1024, 256  # of the shipped tokenizer
+    images = 4  # of a row
     c = ml_collections.ConfigDict()
     c.system = "lvm"
     c.model = dict(
         vocab_size=codes + 100, width=192, depth=4, mlp_width=512, num_heads=4,
-        max_tokens=1024, dtype="float32", remat="none",
+        max_tokens=2048, dtype="float32", remat="none",
     )  # fmt: skip
     c.task = dict(
         loss_mean="row", attention="documents", tokenizer="tiny",
@@ -81,13 +81,13 @@ def tiny():
     c.mesh = dict(data=1, fsdp=-1, tensor=1)
     c.init = dict(run="", upstream="", random="")
     c.train = dict(
-        steps=400, batch_size=8, accumulate=1, seed=0,
+        steps=240, batch_size=8, accumulate=1, seed=0,
         log_every=10, save_every=100, keep_last=2, milestone_every=0,
         tensorboard=True, wandb="",
     )  # fmt: skip
     c.evals = dict(
         heldout=dict(
-            type="perplexity", predict="score", every=200, num_ids=codes,
+            type="perplexity", predict="score", every=120, num_ids=codes,
             baseline=c.data.to_dict(), data=heldout,
         ),
         samples=dict(

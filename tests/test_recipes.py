@@ -1,6 +1,7 @@
 """Every recipe: its full form by shapes and shardings, its tiny form by running it."""
 
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -94,15 +95,19 @@ print("compiled")
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", sorted(PARAMETERS.keys() - {"vqgan_f16"}))
 def test_no_involuntary_rematerialization(preset):
-    for sizes in ("2x2x2", "1x8x1"):
-        out = subprocess.run(
-            [sys.executable, "-c", COMPILE, preset, sizes],
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert "compiled" in out.stdout, out.stderr[-3000:]
-        assert not re.search("involuntary full remat", out.stderr, re.IGNORECASE), out.stderr
+    # Neither silenced nor read from the cache; tests/models/test_llama.py shows that a bad rule
+    # is then heard.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION_CACHE")}
+    env["TF_CPP_MIN_LOG_LEVEL"] = "0"
+    out = subprocess.run(
+        [sys.executable, "-c", COMPILE, preset, "2x2x2"],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=env,
+    )
+    assert "compiled" in out.stdout, out.stderr[-3000:]
+    assert not re.search("involuntary full remat", out.stderr, re.IGNORECASE), out.stderr
 
 
 def command(*arguments, timeout=900):
@@ -132,7 +137,7 @@ TINY = {
         "--config.prepare.crops=20",
         "--config.optim.warmup_steps=2",
     ],
-    "vqgan_f16": ["--config.train.batch_size=4"],
+    "vqgan_f16": [],
 }
 
 

@@ -221,7 +221,7 @@ def test_released_layout_loads(golden_lvm, tmp_path):
 
 
 def test_shipped_tokenizer():
-    tokenizer = image_tokenizer.ImageTokenizer.load("tiny", tokens_per_image=64)
+    tokenizer = image_tokenizer.ImageTokenizer.load("tiny", tokens_per_image=256)
     assert tokenizer.cfg == network.PRESETS["tiny"]
     flat = np.broadcast_to(np.array([0.9, 0.1, 0.1], np.float32), (1, 64, 64, 3))
     decoded = tokenizer.decode(tokenizer.encode(flat))

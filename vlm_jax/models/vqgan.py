@@ -111,16 +111,16 @@ class VqganConfig:
 PRESETS: Mapping[str, VqganConfig] = {
     # openMUSE/vqgan-f16-8192-laion, the tokenizer of the released LVM.
     "f16_8192": VqganConfig(),
-    # ours: 64 px, 64 tokens; configs/vqgan_f16.py:tiny trains it and the package ships it.
+    # ours: 64 px, 256 tokens; configs/vqgan_f16.py:tiny trains it and the package ships it.
     "tiny": VqganConfig(
         resolution=64,
         hidden_channels=16,
-        channel_mult=(1, 2, 4, 4),
+        channel_mult=(1, 2, 4),
         num_res_blocks=1,
         z_channels=32,
         num_embeddings=1024,
         quantized_width=8,
-        norm_groups=8,
+        norm_groups=4,
     ),
 }
 

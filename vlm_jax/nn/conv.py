@@ -120,8 +120,8 @@ def upsample_conv2d(x_byxc, kernel_yxcd, bias_d):
 class Conv(nnx.Module):
     """A convolution with bias; see `conv2d`.
 
-    Kernels start at U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default for the reference
-    networks; biases start at zero.
+    Kernels start uniform with variance 1/fan_in. Ours: torch's default, which the reference keeps,
+    has a third of that; a small tokenizer learned faster with more. Biases start at zero.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Conv(nnx.Module):
         padding: tuple[tuple[int, int], tuple[int, int]] | None = None,
         param_dtype: str = "float32",
     ):
-        init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
         dtype = jnp.dtype(param_dtype)
         self.kernel = nnx.Param(init(rngs.params(), (size, size, width_in, width_out), dtype))
         self.bias = nnx.Param(jnp.zeros((width_out,), dtype))

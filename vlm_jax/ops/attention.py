@@ -2,8 +2,10 @@
 
 Callers give the *structure* of the mask; the implementation decides whether it needs a dense one:
 
-    xla      everywhere. Causal attention goes in query blocks that read only the keys at or before
-             them, so half of the scores of a long sequence are never computed.
+    xla      `jax.nn.dot_product_attention` with a dense mask; takes every call on every platform.
+    blocks   CPU, and the steps of a decoding loop everywhere: our own products. Causal attention
+             goes in query blocks that read only the keys at or before them, so half of the scores
+             of a long sequence are never computed; a single query multiplies the cache in place.
     cudnn    GPU, bfloat16 or float16. Plain causal attention needs no mask at all; a dense mask
              would become an additive bias, so only segments and padding pay for one.
     splash   TPU, sequences and head widths padded to 128; causal and segment masks are built in.
@@ -23,7 +25,7 @@ from jax.sharding import PartitionSpec
 
 from vlm_jax.ops import masks, partition
 
-_BLOCK = 256  # queries per block of the XLA path; ours: best of 128..1024 on CPU, 1,024 tokens
+_BLOCK = 256  # queries per block; ours: best of 128..1024 on CPU, 1,024 tokens
 _MAX_BLOCKS = 16  # the blocks are unrolled; longer sequences use larger ones
 _MASKED = -1e30  # finite, so that a fully masked (padding) row gives a mean rather than NaN
 _CUDNN_MAX_WIDTH = 128
@@ -56,7 +58,8 @@ def attend(
       kv_valid_bs: bool, keys that are real. A row without any gets a mean, never NaN.
       bias_bnts: added to the scores; axes of size 1 broadcast.
       scale: factor on the scores; None is 1/sqrt(h). T5 passes 1.
-      implementation: 'xla', 'cudnn', 'splash', or None for the best that takes this call.
+      implementation: 'xla', 'blocks', 'cudnn', 'splash', or None for the best that takes this
+        call.
 
     Returns:
       o_btnh.
@@ -81,12 +84,15 @@ def attend(
     match implementation:
         case "xla":
             return _xla(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where)
+        case "blocks":
+            return _blocks(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where)
         case "cudnn":
             return _cudnn(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where)
         case "splash":
             segments = q_segments_bt, kv_segments_bs
             return _splash(q_btnh, k_bskh, v_bskh, scale, causal, segments, kv_valid_bs)
-    raise ValueError(f"unknown attention implementation {implementation!r}: xla, cudnn, splash")
+    known = "xla, blocks, cudnn, splash"
+    raise ValueError(f"unknown attention implementation {implementation!r}; known: {known}")
 
 
 def choose(q_btnh, k_bskh, *, q_offset=None, bias_bnts=None, **_) -> str:
@@ -94,8 +100,10 @@ def choose(q_btnh, k_bskh, *, q_offset=None, bias_bnts=None, **_) -> str:
     (_, t, _, h), s = q_btnh.shape, k_bskh.shape[1]
     low_precision = q_btnh.dtype in (jnp.bfloat16, jnp.float16)
     platform = partition.platform()
-    # A single query is a matrix-vector product: no score matrix to avoid, nothing to gain.
-    if t == 1 or q_offset is not None:
+    # A single query is a matrix-vector product: no score matrix to avoid.
+    if t == 1 or platform == "cpu":
+        return "blocks"
+    if q_offset is not None:
         return "xla"
     if platform == "gpu" and low_precision and h <= _CUDNN_MAX_WIDTH and t % 2 == s % 2 == 0:
         return "cudnn"
@@ -122,6 +130,19 @@ def dense_mask(
 
 
 def _xla(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where):
+    mask_bts = dense_mask(q_btnh.shape[1], k_bskh.shape[1], **where)
+    return jax.nn.dot_product_attention(
+        q_btnh,
+        k_bskh,
+        v_bskh,
+        bias=bias_bnts,
+        mask=None if mask_bts is None else mask_bts[:, None],
+        scale=scale,
+        implementation="xla",
+    )
+
+
+def _blocks(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where):
     b, t, n, h = q_btnh.shape
     s, k = k_bskh.shape[1:3]
     if t == 1 and bias_bnts is None:
