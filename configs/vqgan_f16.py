@@ -12,7 +12,8 @@ codebook losses only; no perceptual or adversarial term yet.
 
 `:tiny` trains a network of 0.7 M parameters on real photos and video frames of 64x64 pixels. It
 downsamples by 4 only (256 tokens of 1,024 codes per image, as many tokens as the full form has): at
-16, sixteen tokens could not carry a photo. The package ships the tokenizer that this very recipe made (vlm_jax/assets/vqgan_tiny).
+16, sixteen tokens could not carry a photo. The package ships the tokenizer that this very recipe
+made (vlm_jax/assets/vqgan_tiny).
 """
 
 import ml_collections
