@@ -55,39 +55,41 @@ def full(preset, batch_size, steps):
 
 
 def tiny():
-    codes, size = 1024, 256  # of the shipped tokenizer
-    images = 4  # of a row
+    codes, side, size = 1024, 32, 64  # of the shipped tokenizer, at 32 pixels
+    images = 8  # of a row
     c = ml_collections.ConfigDict()
     c.system = "lvm"
     c.model = dict(
-        vocab_size=codes + 100, width=192, depth=4, mlp_width=512, num_heads=4,
+        vocab_size=codes + 100, width=128, depth=3, mlp_width=384, num_heads=2,
         max_tokens=2048, dtype="float32", remat="none",
     )  # fmt: skip
     c.task = dict(
-        loss_mean="row", attention="documents", tokenizer="tiny",
+        loss_mean="row", attention="documents", loss_chunk=256, tokenizer="tiny", image_side=side,
         codebook_size=codes, tokens_per_image=size, context_images=images - 1,
     )  # fmt: skip
+    # No EOS: every row is one whole sentence.
     c.formatter = dict(
-        max_tokens=images * size + 1, bos_id=codes, eos_id=codes + 1, vocab_size=codes + 100
-    )
-    c.prepare = dict(tokenizer="tiny", images=images)
-    shares = dict(video=2.0, colour=1.0, group=1.0)
+        max_tokens=images * size, fields="<|bos|>,{tokens}", bos_id=codes, eos_id=codes + 1,
+        vocab_size=codes + 100,
+    )  # fmt: skip
+    c.prepare = dict(tokenizer="tiny", image_side=side, images=images)
+    shares = dict(video=2.0, pan=1.0, colour=1.0, group=0.5)
     c.data = dict(mixture=_sentences("train", shares), packing="documents")
     heldout = dict(mixture=_sentences("heldout", shares), packing="documents")
     c.optim = dict(
-        lr=2e-3, end_lr=1e-4, warmup_steps=40, decay_steps=0, weight_decay=0.1, decay=".*",
+        lr=5e-3, end_lr=1e-4, warmup_steps=20, decay_steps=0, weight_decay=0.1, decay=".*",
         b1=0.9, b2=0.95, clip_norm=1.0, trainable=".*", ema=0.0,
     )  # fmt: skip
     c.mesh = dict(data=1, fsdp=-1, tensor=1)
     c.init = dict(run="", upstream="", random="")
     c.train = dict(
-        steps=240, batch_size=8, accumulate=1, seed=0,
+        steps=600, batch_size=8, accumulate=1, seed=0,
         log_every=10, save_every=100, keep_last=2, milestone_every=0,
         tensorboard=True, wandb="",
     )  # fmt: skip
     c.evals = dict(
         heldout=dict(
-            type="perplexity", predict="score", every=120, num_ids=codes,
+            type="perplexity", predict="score", every=200, num_ids=codes,
             baseline=c.data.to_dict(), data=heldout,
         ),
         samples=dict(

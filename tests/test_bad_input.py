@@ -32,7 +32,7 @@ def train(tmp_path, capsys):
         if path is None:
             path = tmp_path / "sentences.array_record"
             if sentences is None:
-                sentences = [np.arange(1024)] * 8
+                sentences = [np.arange(512)] * 8
             write(path, sentences)
         arguments = [
             "main",
@@ -59,7 +59,7 @@ def train(tmp_path, capsys):
 def write(path, sentences):
     visual_sentences.write(
         path,
-        (visual_sentences.Sentence(ids, 4, f"s{i}") for i, ids in enumerate(sentences)),
+        (visual_sentences.Sentence(ids, 8, f"s{i}") for i, ids in enumerate(sentences)),
     )
 
 
@@ -73,7 +73,7 @@ def write(path, sentences):
         ("--config.formatter.max_token=5", ["formatter.max_token", "'max_tokens'"]),
         ("--config.optim.lr=fast", ["optim.lr", "fast"]),
         ("--config.train.batch_size=8.5", ["train.batch_size", "8.5"]),
-        ("--config.model.width=30", ["width", "30", "4"]),
+        ("--config.model.width=31", ["width", "31", "num_heads 2"]),
         ("--config.train.batch_size=6", ["train.batch_size=6", "mesh.data*mesh.fsdp"]),
         ("--config.mesh.data=3", ["mesh.data=3", "8"]),
         ("--config.formatter.max_tokens=4096", ["4096", "max_tokens=2048"]),
@@ -108,7 +108,7 @@ def test_empty_data_set(train):
 
 
 def test_token_ids_out_of_range(train):
-    ids = np.arange(1024)
+    ids = np.arange(512)
     ids[7] = 1124
     train(sentences=[ids] * 4, words=["token id 1124", "outside [0, 1124)", "array_record:0"])
 
@@ -133,7 +133,7 @@ def test_a_loss_that_is_not_finite_names_and_saves_the_batch(train, tmp_path):
     (saved,) = (tmp_path / "run").glob("nonfinite_batch_*.npz")
     assert saved.name in err
     with np.load(saved) as batch:
-        assert batch["tokens"].shape == (8, 1025)
+        assert batch["tokens"].shape == (8, 512)
     # Nothing of the broken state was kept.
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 

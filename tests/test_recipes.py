@@ -198,4 +198,4 @@ def predicts(workdir, tmp_path):
     assert out.returncode == 0, out.stderr[-3000:]
     made = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert made == ["candidate_0_frame_0.png", "candidate_1_frame_0.png", "grid.png"]
-    assert Image.open(tmp_path / "out" / "candidate_0_frame_0.png").size == (64, 64)
+    assert Image.open(tmp_path / "out" / "candidate_0_frame_0.png").size == (32, 32)

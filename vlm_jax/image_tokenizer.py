@@ -35,15 +35,30 @@ class ImageTokenizer:
 
     @classmethod
     def load(
-        cls, name: str, *, codebook_size: int = 0, tokens_per_image: int = 0, max_batch: int = 16
+        cls,
+        name: str,
+        *,
+        side: int = 0,
+        codebook_size: int = 0,
+        tokens_per_image: int = 0,
+        max_batch: int = 16,
     ) -> ImageTokenizer:
         """The tokenizer called `name`: "tiny" (shipped) or a folder; see `weights.vqgan.load`.
+
+        Args:
+          name: see above.
+          side: pixels of its images; 0 is the side it was trained for. Without attention the
+            network is a convolution and takes any multiple of its downsampling.
+          codebook_size, tokens_per_image: what the language model needs; 0 does not check.
+          max_batch: images per device call.
 
         Raises:
           ValueError: another codebook or another number of ids per image than asked for. A language
             model paired with a tokenizer that it was not trained on runs and gives noise.
         """
         cfg, params = vqgan_weights.load(name)
+        if side:
+            cfg = dataclasses.replace(cfg, resolution=side)
         for what, has, needs in (
             ("codes", cfg.num_embeddings, codebook_size),
             ("ids per image", cfg.tokens_per_image, tokens_per_image),

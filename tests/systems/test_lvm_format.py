@@ -144,3 +144,16 @@ def test_inpainting_hides_squares_and_patches():
             assert side == len(columns) and hidden.sum() == side**2 and 6 <= side < 32
             squares += 1
     assert 60 <= squares <= 120  # 3 in 10, but for squares that happen to be whole patches
+
+
+def test_pan_moves_in_a_straight_line_inside_the_photo():
+    rows, columns = np.mgrid[0:60, 0:90]
+    photo = np.stack([rows, columns, rows * 0], axis=-1).astype(np.uint8)
+    for seed in range(20):
+        frames = lvm_format.pan(photo, np.random.default_rng(seed), num_images=5)
+        side = len(frames[0])
+        assert {frame.shape for frame in frames} == {(side, side, 3)} and 24 <= side <= 42
+        # A pixel holds its own place, so that the first one of a frame is the window's corner.
+        corners = np.array([frame[0, 0, :2] for frame in frames], int)
+        moves = np.diff(corners, axis=0)
+        assert (np.ptp(moves, axis=0) <= 1).all() and np.abs(moves).max() <= 0.1 * side + 1

@@ -2,6 +2,7 @@
 
     kind     sentence                                        held out
     video    frames of one shot, stride 1 to 4               a shot, and the end of another
+    pan      a window moving over a large photo              other photos
     colour   grey, colour, grey, colour, ...                 photos that training never shows
     group    images of one class, then of the next           the same photos
 
@@ -23,7 +24,7 @@ from vlm_jax.data import records
 from vlm_jax.datasets import demo_photos, demo_videos, visual_sentences
 from vlm_jax.systems.lvm import format as layouts
 
-KINDS = ("video", "colour", "group")
+KINDS = ("video", "pan", "colour", "group")
 _MAX_STRIDE = 4  # frames; upstream draws 1...4 for frame folders
 
 
@@ -31,6 +32,7 @@ def prepare(
     workdir: pathlib.Path,
     *,
     tokenizer: str = "tiny",
+    image_side: int = 0,
     images: int = 8,
     sentences: int = 400,
     heldout_sentences: int = 16,
@@ -42,6 +44,7 @@ def prepare(
     Args:
       workdir: of the run.
       tokenizer: "tiny" or a folder.
+      image_side: pixels of an image; 0 is the side that the tokenizer was trained for.
       images: of a sentence.
       sentences, heldout_sentences: of every kind.
       crops: random crops of the large photos, besides the 450 small ones.
@@ -52,21 +55,22 @@ def prepare(
     """
     folder = workdir / "demo"
     made_of = dict(
-        tokenizer=tokenizer, images=images, sentences=sentences,
+        tokenizer=tokenizer, image_side=image_side, images=images, sentences=sentences,
         heldout_sentences=heldout_sentences, crops=crops, seed=seed,
     )  # fmt: skip
     note = folder / "made_of.json"
     if note.exists() and json.loads(note.read_text()) == made_of:
         return
-    encoder = image_tokenizer.ImageTokenizer.load(tokenizer, max_batch=64)
+    encoder = image_tokenizer.ImageTokenizer.load(tokenizer, side=image_side, max_batch=64)
     for split, count in (("train", sentences), ("heldout", heldout_sentences)):
         rng = np.random.default_rng([seed, len(split)])
         # Crops stay out of the held-out split: its large photos are few.
         source = demo_photos.Photos(split, crops if split == "train" else 0, encoder.side, seed)
         photos = [source[i] for i in range(len(source))]
         shots = demo_videos.load_shots(split, encoder.side)
+        large = demo_photos.load_large(split)
         for kind in KINDS:
-            drawn = [_draw(kind, photos, shots, images, rng) for _ in range(count)]
+            drawn = [_draw(kind, photos, large, shots, images, rng) for _ in range(count)]
             path = folder / f"{split}_{kind}.array_record"
             visual_sentences.write(path, _tokenize(drawn, encoder, kind))
     note.write_text(json.dumps(made_of))
@@ -77,13 +81,16 @@ def prepare(
     )
 
 
-def _draw(kind, photos, shots, num_images, rng) -> list[np.ndarray]:
+def _draw(kind, photos, large, shots, num_images, rng) -> list[np.ndarray]:
     """The images of one random sentence."""
     if kind == "video":
         length = np.array([len(shot["frames_u8"]) for shot in shots], np.float64)
         shot = shots[int(rng.choice(len(shots), p=length / length.sum()))]
         stride = int(rng.integers(1, _MAX_STRIDE + 1))
         return layouts.video_clip(shot["frames_u8"], rng, num_images=num_images, stride=stride)
+    if kind == "pan":
+        photo = large[int(rng.integers(len(large)))]
+        return layouts.pan(photo["image_u8"], rng, num_images=num_images)
     if kind == "colour":
         chosen = rng.choice(len(photos), num_images // 2, replace=False)
         return layouts.colorization([photos[i]["image_u8"] for i in chosen])

@@ -145,6 +145,29 @@ def video_clip(
     return [frames_u8[start + stride * i] for i in range(num_images)]
 
 
+def pan(
+    image_u8: np.ndarray, rng: np.random.Generator, *, num_images: int = 16, max_step: float = 0.1
+) -> list[np.ndarray]:
+    """A square window that moves over a photograph in a straight line at a constant speed.
+
+    Args:
+      image_u8: the photograph.
+      rng: of window, place and direction.
+      num_images: frames.
+      max_step: largest move between frames, as a share of the window's side.
+    """
+    height, width = image_u8.shape[:2]
+    side = int(min(height, width) * rng.uniform(0.4, 0.7))
+    step_yx = rng.uniform(-max_step, max_step, 2) * side
+    room_yx = np.array([height - side, width - side], np.float64)
+    # No faster than the photograph has room for.
+    step_yx = np.clip(step_yx, -room_yx / (num_images - 1), room_yx / (num_images - 1))
+    low_yx = np.maximum(0, -step_yx * (num_images - 1))
+    start_yx = low_yx + rng.random(2) * (room_yx - np.abs(step_yx) * (num_images - 1))
+    corners = (start_yx + np.arange(num_images)[:, None] * step_yx).astype(int)
+    return [image_u8[y : y + side, x : x + side] for y, x in corners]
+
+
 def category_groups(
     by_class: Mapping[Any, Sequence[np.ndarray]],
     rng: np.random.Generator,

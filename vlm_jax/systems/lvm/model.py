@@ -273,7 +273,10 @@ def from_run(
     if not name:
         raise ValueError("the run names no tokenizer; give tokenizer=FOLDER")
     images = image_tokenizer.ImageTokenizer.load(
-        name, codebook_size=task.codebook_size, tokens_per_image=task.tokens_per_image
+        name,
+        side=task.image_side,
+        codebook_size=task.codebook_size,
+        tokens_per_image=task.tokens_per_image,
     )
     return Lvm(
         dataclasses.replace(task.cfg, dtype=dtype or _default_dtype()),

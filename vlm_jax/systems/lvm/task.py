@@ -42,6 +42,7 @@ class LvmTask:
       context_images: images that predict["continue"] sees.
       lead_tokens: ids before the first image of a row (BOS).
       tokenizer: of `pictures`: "tiny" or a folder; "" has none.
+      image_side: pixels of its images; 0 is the side it was trained for.
       temperature, top_k, top_p: of predict["continue"].
     """
 
@@ -54,6 +55,7 @@ class LvmTask:
     context_images: int = 7
     lead_tokens: int = 1
     tokenizer: str = ""
+    image_side: int = 0
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -139,7 +141,9 @@ class LvmTask:
           One dict (label, columns, images: uint8[H, W, 3]) and one dict of scalars per row:
           `token_match`, the share of generated ids that are the true ones.
         """
-        tokenizer = _tokenizer(self.tokenizer, self.codebook_size, self.tokens_per_image)
+        tokenizer = _tokenizer(
+            self.tokenizer, self.image_side, self.codebook_size, self.tokens_per_image
+        )
         context, size = self.context_images, self.tokens_per_image
         end = self.lead_tokens + context * size
         ids = np.concatenate(
@@ -211,11 +215,11 @@ def _kind(names: list[str]) -> str:
 
 
 @functools.lru_cache(maxsize=2)
-def _tokenizer(name: str, codebook_size: int, tokens_per_image: int) -> Any:
+def _tokenizer(name: str, side: int, codebook_size: int, tokens_per_image: int) -> Any:
     from vlm_jax import image_tokenizer
 
     if not name:
         raise ValueError("task.tokenizer is empty, and pictures need one; 'tiny' or a folder")
     return image_tokenizer.ImageTokenizer.load(
-        name, codebook_size=codebook_size, tokens_per_image=tokens_per_image
+        name, side=side, codebook_size=codebook_size, tokens_per_image=tokens_per_image
     )
