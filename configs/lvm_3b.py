@@ -66,6 +66,7 @@ def tiny():
     c.task = dict(
         loss_mean="row", attention="documents", loss_chunk=256, tokenizer="tiny", image_side=side,
         codebook_size=codes, tokens_per_image=size, context_images=images - 1,
+        temperature=1.0, top_k=50,  # as the reference samples
     )  # fmt: skip
     # No EOS: every row is one whole sentence.
     c.formatter = dict(
