@@ -62,6 +62,20 @@ def section(cls: type, values: Mapping[str, Any] | None, name: str) -> Any:
         raise ConfigError(f"{name}: {error}") from error
 
 
+def model_section(cls: type, presets: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+    """`config.model` as the dataclass `cls`: the fields of `preset`, then those given.
+
+    Raises:
+      ConfigError: unknown preset, or as `section`.
+    """
+    fields = plain(values)
+    preset = fields.pop("preset", "")
+    if preset and preset not in presets:
+        raise ConfigError(f"model.preset={preset!r}{nearest(preset, presets)}")
+    base = dataclasses.asdict(presets[preset]) if preset else {}
+    return section(cls, {**base, **fields}, "model")
+
+
 def call(function: Callable[..., Any], values: Mapping[str, Any] | None, name: str) -> Any:
     """`function(**values)`, with unknown keys named like those of a section.
 

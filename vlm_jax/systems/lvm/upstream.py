@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,15 +16,7 @@ def make_task(model: Mapping[str, Any], **task: Any) -> LvmTask:
     Raises:
       ConfigError: unknown preset, unknown keys, sizes that do not fit each other.
     """
-    fields = dict(model)
-    preset = fields.pop("preset", "")
-    if preset:
-        if preset not in llama.PRESETS:
-            raise config_lib.ConfigError(
-                f"model.preset={preset!r}{config_lib.nearest(preset, llama.PRESETS)}"
-            )
-        fields = {**dataclasses.asdict(llama.PRESETS[preset]), **fields}
-    cfg = config_lib.section(llama.LlamaConfig, fields, "model")
+    cfg = config_lib.model_section(llama.LlamaConfig, llama.PRESETS, model)
     return config_lib.section(LvmTask, {"cfg": cfg, **task}, "task")
 
 

@@ -128,18 +128,7 @@ def make_task(model: Mapping[str, Any], **task: Any) -> VqganTask:
     Raises:
       ConfigError: unknown preset, unknown keys, sizes that do not fit each other.
     """
-    fields = dict(model)
-    preset = fields.pop("preset", "")
-    if preset:
-        if preset not in vqgan.PRESETS:
-            raise config_lib.ConfigError(
-                f"model.preset={preset!r}{config_lib.nearest(preset, vqgan.PRESETS)}"
-            )
-        fields = {**dataclasses.asdict(vqgan.PRESETS[preset]), **fields}
-    for name in ("channel_mult", "attn_resolutions"):
-        if isinstance(fields.get(name), list):  # configs read back from JSON
-            fields[name] = tuple(fields[name])
-    cfg = config_lib.section(vqgan.VqganConfig, fields, "model")
+    cfg = config_lib.model_section(vqgan.VqganConfig, vqgan.PRESETS, model)
     return config_lib.section(VqganTask, {"cfg": cfg, **task}, "task")
 
 
