@@ -28,6 +28,7 @@ EXTRAS["test"] = [
     "ruff>=0.8",
     "setuptools>=77",  # one test builds the wheel
     "wheel",
+    "gguf>=0.10",  # an independent reader to compare with
     *EXTRAS["demo"],
     *EXTRAS["text"],
     *EXTRAS["torch"],

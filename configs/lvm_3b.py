@@ -74,7 +74,7 @@ def tiny():
         vocab_size=codes + 100,
     )  # fmt: skip
     c.prepare = dict(tokenizer="tiny", image_side=side, images=images)
-    shares = dict(video=2.0, pan=1.0, colour=1.0, group=0.5)
+    shares = dict(video=1.0, pan=2.0, colour=1.0, group=0.5)
     c.data = dict(mixture=_sentences("train", shares), packing="documents")
     heldout = dict(mixture=_sentences("heldout", shares), packing="documents")
     c.optim = dict(

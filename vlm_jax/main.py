@@ -96,7 +96,7 @@ def _locate_recipe(argv):
         if not os.path.exists(path):
             names = ", ".join(sorted(other.name for other in installed.parent.glob("*.py")))
             _fail(f"no recipe {path}" + (f"; installed: {names}" if names else ""))
-            argv[at] = ("" if at > index else "--config=") + path + (f":{arg}" if arg else "")
+        argv[at] = ("" if at > index else "--config=") + path + (f":{arg}" if arg else "")
         configs = types.ModuleType("configs")
         configs.__path__ = [os.path.dirname(os.path.abspath(path))]
         sys.modules["configs"] = configs

@@ -2,7 +2,7 @@
 
     kind     sentence                                        held out
     video    frames of one shot, stride 1 to 4               a shot, and the end of another
-    pan      a window moving over a large photo              other photos
+    pan      a window moving slowly over a photo             other photos
     colour   grey, colour, grey, colour, ...                 photos that training never shows
     group    images of one class, then of the next           the same photos
 
@@ -26,6 +26,7 @@ from vlm_jax.systems.lvm import format as layouts
 
 KINDS = ("video", "pan", "colour", "group")
 _MAX_STRIDE = 4  # frames; upstream draws 1...4 for frame folders
+_MAX_PAN = 0.03  # of the window per frame: like the videos, most of a frame is in the next one
 
 
 def prepare(
@@ -34,7 +35,7 @@ def prepare(
     tokenizer: str = "tiny",
     image_side: int = 0,
     images: int = 8,
-    sentences: int = 400,
+    sentences: int = 800,
     heldout_sentences: int = 16,
     crops: int = 300,
     seed: int = 0,
@@ -68,9 +69,9 @@ def prepare(
         source = demo_photos.Photos(split, crops if split == "train" else 0, encoder.side, seed)
         photos = [source[i] for i in range(len(source))]
         shots = demo_videos.load_shots(split, encoder.side)
-        large = demo_photos.load_large(split)
+        small, large = demo_photos.load_tiny(split), demo_photos.load_large(split)
         for kind in KINDS:
-            drawn = [_draw(kind, photos, large, shots, images, rng) for _ in range(count)]
+            drawn = [_draw(kind, photos, small, large, shots, images, rng) for _ in range(count)]
             path = folder / f"{split}_{kind}.array_record"
             visual_sentences.write(path, _tokenize(drawn, encoder, kind))
     note.write_text(json.dumps(made_of))
@@ -81,7 +82,7 @@ def prepare(
     )
 
 
-def _draw(kind, photos, large, shots, num_images, rng) -> list[np.ndarray]:
+def _draw(kind, photos, small, large, shots, num_images, rng) -> list[np.ndarray]:
     """The images of one random sentence."""
     if kind == "video":
         length = np.array([len(shot["frames_u8"]) for shot in shots], np.float64)
@@ -89,8 +90,10 @@ def _draw(kind, photos, large, shots, num_images, rng) -> list[np.ndarray]:
         stride = int(rng.integers(1, _MAX_STRIDE + 1))
         return layouts.video_clip(shot["frames_u8"], rng, num_images=num_images, stride=stride)
     if kind == "pan":
-        photo = large[int(rng.integers(len(large)))]
-        return layouts.pan(photo["image_u8"], rng, num_images=num_images)
+        # As many windows over large photos, which are few, as over small ones.
+        album = large if rng.random() < 0.5 else small
+        photo = album[int(rng.integers(len(album)))]
+        return layouts.pan(photo["image_u8"], rng, num_images=num_images, max_step=_MAX_PAN)
     if kind == "colour":
         chosen = rng.choice(len(photos), num_images // 2, replace=False)
         return layouts.colorization([photos[i]["image_u8"] for i in chosen])
