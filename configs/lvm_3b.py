@@ -10,8 +10,9 @@ row) and the published 7B command for the rest (learning rates, warm-up, clippin
 come from the released f16-8192 tokenizer, as the upstream JSONL (type "jsonl") or as ArrayRecord.
 
 `:tiny` trains a small network on real photos and video frames with the tokenizer that ships in the
-package, then prints held-out perplexity beside the uniform and the unigram baseline and writes
-eval/*/samples/samples.png: context, generated and true images.
+package (eight images of 32 pixels a sentence), then prints held-out perplexity beside the uniform
+and the unigram baseline and writes eval/*/samples/samples.png: context, generated and true images.
+Two CPU cores, five minutes: token perplexity 94 against 930 (unigram) and 1,024 (uniform).
 """
 
 import ml_collections
