@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -157,8 +158,7 @@ def test_tiny_trains_stops_resumes_and_evaluates(name, tmp_path, demo_data):
     out = command(*common, f"--workdir={whole}")
     assert out.returncode == 0, out.stderr[-3000:]
     # Without its last checkpoint a run is as if it had been killed after step 3.
-    out = command(*common, f"--workdir={parts}")
-    assert out.returncode == 0, out.stderr[-3000:]
+    shutil.copytree(whole, parts)
     (parts / "checkpoints" / "6" / "COMMIT.json").unlink()
     out = command(*common, f"--workdir={parts}")
     assert out.returncode == 0, out.stderr[-3000:]
