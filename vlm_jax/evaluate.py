@@ -30,6 +30,7 @@ from vlm_jax import config as config_lib
 from vlm_jax import sharding
 from vlm_jax import task as task_lib
 from vlm_jax.data import pipeline
+from vlm_jax.ops import partition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,8 @@ class Runner:
         def predict(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             mine = {key: x[rows] for key, x in batch.items() if isinstance(x, np.ndarray)}
             placed = sharding.place_batch(self._mesh, mine, rows, batch_size)
-            return jax.tree.map(np.asarray, predictor(params, placed, rng))
+            with partition.use_mesh(self._mesh):
+                return jax.tree.map(np.asarray, predictor(params, placed, rng))
 
         def read(fields: Mapping[str, Any]) -> Iterator[dict[str, np.ndarray]]:
             name = f"evals.{evaluation.name}"

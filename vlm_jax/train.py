@@ -242,8 +242,7 @@ def fit(
                 every = evaluation.config.every
                 if step == config.steps or (every and step % every == 0):
                     bar.pause()
-                    with partition.use_mesh(mesh):
-                        results = runner(evaluation, params, workdir / "eval" / f"{step:08d}")
+                    results = runner(evaluation, params, workdir / "eval" / f"{step:08d}")
                     writer.write(step, results)
                     last.update(results)
                     _say("  ".join(f"{key}={value:.5g}" for key, value in results.items()))

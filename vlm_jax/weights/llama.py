@@ -13,7 +13,6 @@ we turn channels i and i + h/2. The converters reorder q and k, the model knows 
 from __future__ import annotations
 
 import dataclasses
-import json
 import operator
 import os
 import re
@@ -260,13 +259,7 @@ def config_of(tensors: convert.Tensors, path: str | os.PathLike) -> llama.LlamaC
     file = readers.folder_of(path) / "config.json"
     if not file.exists():
         return config_from_shapes(tensors)
-    try:
-        fields = json.loads(file.read_text())
-        if "system" in fields:  # written by weights.export in the native format
-            return llama.LlamaConfig(**fields["model"])
-        return config_from_hf(fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise errors.WeightsError(f"{file}: {error}") from error
+    return readers.read_config(file, llama.LlamaConfig, config_from_hf)
 
 
 def config_from_hf(fields: Mapping[str, Any]) -> llama.LlamaConfig:

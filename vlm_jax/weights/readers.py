@@ -113,6 +113,26 @@ def folder_of(path: str | os.PathLike) -> pathlib.Path:
     return file if file.is_dir() else file.parent
 
 
+def read_config(file: pathlib.Path, native: Callable, from_upstream: Callable) -> Any:
+    """The config of a checkpoint, from the config.json beside its weights.
+
+    Args:
+      file: the config.json.
+      native: takes our own fields by keyword, as `weights.export` wrote them.
+      from_upstream: takes the dict of a published config.
+
+    Raises:
+      WeightsError: not JSON, or fields that do not make a config.
+    """
+    try:
+        fields = json.loads(file.read_text())
+        if "system" in fields:
+            return native(**fields["model"])
+        return from_upstream(fields)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise errors.WeightsError(f"{file}: {error}") from error
+
+
 def _existing(path: str | os.PathLike) -> pathlib.Path:
     file = pathlib.Path(path).expanduser()
     if not file.exists():

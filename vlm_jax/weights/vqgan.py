@@ -7,7 +7,6 @@ Our paths are the upstream names with '/' for '.'; a convolution is (out, in, kh
 from __future__ import annotations
 
 import importlib.resources
-import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -115,13 +114,7 @@ def config_of(tensors: convert.Tensors, path: str | os.PathLike) -> vqgan.VqganC
     if not file.exists():
         raise FileNotFoundError(f"{file} not found; put it there or name a preset: "
                                 f"{', '.join(vqgan.PRESETS)}")  # fmt: skip
-    try:
-        fields = json.loads(file.read_text())
-        if "system" in fields:  # written by weights.export in the native format
-            return vqgan.VqganConfig(**fields["model"])
-        return config_from_hf(fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise errors.WeightsError(f"{file}: {error}") from error
+    return readers.read_config(file, vqgan.VqganConfig, config_from_hf)
 
 
 _FIELDS = {  # upstream key -> our field, where both mean the same
