@@ -22,7 +22,7 @@ import numpy as np
 from vlm_jax import image_tokenizer
 from vlm_jax.data import records
 from vlm_jax.datasets import demo_photos, demo_videos, visual_sentences
-from vlm_jax.systems.lvm import format as layouts
+from vlm_jax.systems.lvm import layouts
 
 KINDS = ("video", "pan", "colour", "group")
 _MAX_STRIDE = 4  # frames; upstream draws 1...4 for frame folders
