@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import pathlib
 
+import jax
 import ml_dtypes
 import msgpack
 import numpy as np
@@ -121,6 +123,80 @@ def test_pairs_to_halves_by_hand():
     halves = rule.load(pairs, (1, 1, 6))
     np.testing.assert_array_equal(halves[0, 0], [0, 2, 4, 1, 3, 5])
     np.testing.assert_array_equal(rule.save(halves), pairs)
+
+
+@pytest.fixture(scope="module")
+def meta():
+    """The decoder of the tiny NXTP model: 2 blocks of Meta's layout, 354 ids."""
+    folder = pathlib.Path(__file__).parents[1] / "golden" / "nxtp"
+    prefix = "language_decoder."
+    tensors = readers.read(folder / "checkpoint.safetensors")
+    names = [name for name in tensors if name.startswith(prefix)]
+    arrays = {name.removeprefix(prefix): tensors[name] for name in names}
+    return arrays | {"rope.freqs": np.zeros(8)}
+
+
+META_PARAMS = {"dim": 64, "multiple_of": 16, "n_heads": 4, "n_layers": 2, "norm_eps": 1e-5,
+               "vocab_size": -1}  # fmt: skip
+
+
+def test_meta_layout(meta):
+    ours = llama.config_from_meta(META_PARAMS, 354)
+    assert ours == model.LlamaConfig(354, 64, 2, 176, 4, rms_eps=1e-5)
+    params = llama.from_meta(meta, ours)
+    # Row 1 of the first head's wk is channel 1 of pair 0: the first of the second half for us.
+    np.testing.assert_array_equal(
+        params["layers"]["attn"]["k"]["kernel"][0, :, 0, 8],
+        meta["layers.0.attention.wk.weight"][1],
+    )
+    back = {name: load() for name, load in llama.to_meta(params).items()}
+    assert back.keys() | {"rope.freqs"} == meta.keys()
+    for name, x in back.items():
+        np.testing.assert_array_equal(x, meta[name], err_msg=name)
+    hf = {name: load() for name, load in llama.to_hf(params, ours).items()}
+    assert_same(llama.from_hf(hf, ours), params)
+    # The heads are told by the stored angles.
+    shapes = llama.config_from_shapes(meta)
+    assert shapes == dataclasses.replace(ours, rms_eps=shapes.rms_eps)
+
+
+def test_meta_folder_and_its_first_blocks(tmp_path, meta):
+    torch = pytest.importorskip("torch")
+    torch.save(
+        {name: torch.tensor(x) for name, x in meta.items()}, tmp_path / "consolidated.00.pth"
+    )
+    (tmp_path / "params.json").write_text(json.dumps(META_PARAMS))
+    cfg, both = llama.load(tmp_path)
+    assert (cfg.depth, cfg.mlp_width, cfg.vocab_size, cfg.rms_eps) == (2, 176, 354, 1e-5)
+    cfg, one = llama.load(tmp_path, blocks=1)
+    assert cfg.depth == 1
+    first = {**both, "layers": jax.tree.map(lambda x: x[:1], both["layers"])}
+    assert_same(one, first)
+    native = functional.flatten(both)
+    assert_same(llama.from_native(llama.first_blocks(native, 1), cfg), first)
+    with pytest.raises(ValueError, match="3 blocks asked for, 2 are there"):
+        llama.load(tmp_path, blocks=3)
+    (tmp_path / "consolidated.01.pth").touch()
+    with pytest.raises(ValueError, match="split over several files"):
+        llama.load(tmp_path)
+
+
+def test_meta_widths():
+    # LLaMA-2 7B and 70B, LLaMA-3 8B as published: the MLP width is derived.
+    base = {"norm_eps": 1e-5, "vocab_size": -1}
+    seven = base | {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32}
+    assert llama.config_from_meta(seven, 32000).mlp_width == 11008
+    seventy = base | {"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64,
+                      "n_kv_heads": 8, "n_layers": 80}  # fmt: skip
+    assert llama.config_from_meta(seventy, 32000).mlp_width == 28672
+    eight = base | {"dim": 4096, "multiple_of": 1024, "ffn_dim_multiplier": 1.3, "n_heads": 32,
+                    "n_kv_heads": 8, "n_layers": 32, "rope_theta": 500000.0}  # fmt: skip
+    cfg = llama.config_from_meta(eight, 128256)
+    assert (cfg.mlp_width, cfg.kv_heads, cfg.rope_theta) == (14336, 8, 5e5)
+    with pytest.raises(ValueError, match="use_scaled_rope"):
+        llama.config_from_meta(eight | {"use_scaled_rope": True}, 128256)
+    with pytest.raises(ValueError, match="n_layers.*not a params.json"):
+        llama.config_from_meta({"dim": 4096, "n_heads": 32}, 32000)
 
 
 def test_stored_rotary_tables_are_ignored_and_a_tied_copy_of_the_head(tensors, params, cfg):

@@ -1,6 +1,6 @@
-"""LLaMA weights of other programs: Hugging Face, EasyLM (LVM's own format) and GGUF.
+"""LLaMA weights of other programs: Hugging Face, EasyLM (LVM's own format), GGUF and Meta.
 
-    layer kernel        Hugging Face      EasyLM             GGUF              ours
+    layer kernel        Hugging Face      EasyLM             GGUF, Meta        ours
     q, k                (n h, d)          (d, n h) pairs     (n h, d) pairs    (d, n, h)
     v                   (n h, d)          (d, n h)           (n h, d)          (d, n, h)
     o                   (d, n h)          (n h, d)           (d, n h)          (n, h, d)
@@ -13,6 +13,7 @@ we turn channels i and i + h/2. The converters reorder q and k, the model knows 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import os
 import re
@@ -25,8 +26,9 @@ from vlm_jax.models import llama
 from vlm_jax.nn import functional
 from vlm_jax.weights import convert, errors, readers
 
-# Tables of angles that older conversions stored; computed here.
-_INV_FREQ = r".*rotary_emb\.inv_freq"
+# Tables of angles, one per channel pair, that some files store; computed here.
+_INV_FREQ = r"(.*rotary_emb\.inv_freq|rope\.freqs)"
+_BLOCK = re.compile(r"(?:^|[./])(?:layers|h|blk)[./](\d+)[./]")  # a layer's tensor, any layout
 
 
 def _transposed(x, shape):
@@ -134,9 +136,30 @@ GGUF_RULES = _table(
     out_last=(_transposed, _save_out_last),
 )
 
+_META_LAYER = "layers.{layer}."
+META_RULES = _table(
+    dict(
+        embed="tok_embeddings.weight",
+        attn_norm=_META_LAYER + "attention_norm.weight",
+        q=_META_LAYER + "attention.wq.weight",
+        k=_META_LAYER + "attention.wk.weight",
+        v=_META_LAYER + "attention.wv.weight",
+        o=_META_LAYER + "attention.wo.weight",
+        mlp_norm=_META_LAYER + "ffn_norm.weight",
+        gate=_META_LAYER + "feed_forward.w1.weight",
+        up=_META_LAYER + "feed_forward.w3.weight",
+        down=_META_LAYER + "feed_forward.w2.weight",
+        final_norm="norm.weight",
+        lm_head="output.weight",
+    ),
+    qk=(lambda x, shape: _pairs_to_halves(x.T, shape), lambda x: _halves_to_pairs(x).T),
+    in_first=(_transposed, _save_in_first),
+    out_last=(_transposed, _save_out_last),
+)
+
 PRESETS = llama.PRESETS
 HF_STEM = "model"  # of the file names that transformers looks for
-_RULES = {"hf": HF_RULES, "easylm": EASYLM_RULES, "gguf": GGUF_RULES}
+_RULES = {"hf": HF_RULES, "easylm": EASYLM_RULES, "gguf": GGUF_RULES, "meta": META_RULES}
 
 
 # ---- parameters ------------------------------------------------------------------------------
@@ -171,6 +194,11 @@ def from_gguf(tensors: convert.Tensors, cfg: llama.LlamaConfig, shardings=None) 
     return _convert(tensors, GGUF_RULES, cfg, shardings)
 
 
+def from_meta(tensors: convert.Tensors, cfg: llama.LlamaConfig, shardings=None) -> dict[str, Any]:
+    """Tensors of Meta's `consolidated.00.pth` -> our parameters."""
+    return _convert(tensors, META_RULES, cfg, shardings)
+
+
 def from_native(tensors: convert.Tensors, cfg: llama.LlamaConfig, shardings=None) -> dict[str, Any]:
     """Our own paths, as `weights.export` writes them."""
     return _convert(tensors, convert.NATIVE_RULES, cfg, shardings)
@@ -184,7 +212,7 @@ def ignorable(cfg: llama.LlamaConfig) -> tuple[str, ...]:
     """Patterns of the tensors that may be there and are not used."""
     optimizer = (r"step", r"opt_state/.*")  # of an EasyLM training state
     # Some writers store the tied head a second time.
-    tied = (r"lm_head\.weight",) if cfg.tie_embeddings else ()
+    tied = (r"lm_head\.weight", r"output\.weight") if cfg.tie_embeddings else ()
     return (_INV_FREQ, *optimizer, *tied)
 
 
@@ -194,18 +222,48 @@ def to_hf(params: Mapping[str, Any], cfg: llama.LlamaConfig) -> dict[str, Callab
     return convert.revert(params, HF_RULES)
 
 
+def to_meta(params: Mapping[str, Any]) -> dict[str, Callable]:
+    """Our parameters -> Meta's name -> function returning the array."""
+    return convert.revert(params, META_RULES)
+
+
+def first_blocks(tensors: convert.Tensors, depth: int) -> readers.Tensors:
+    """The tensors without the blocks from `depth` on; nothing is loaded. Any layout.
+
+    Raises:
+      WeightsError: depth below 1, or fewer blocks than that in the checkpoint.
+    """
+    native, blocks, kept = {}, set(), {}
+    for name in tensors:
+        kept[name] = functools.partial(tensors.__getitem__, name)
+        if match := _BLOCK.search(name):
+            blocks.add(int(match[1]))
+            if int(match[1]) >= depth:
+                del kept[name]
+        elif "layers/" in name:  # ours: stacked
+            native[name] = kept[name]
+    found = len(blocks) or min((len(load()) for load in native.values()), default=0)
+    if not 1 <= depth <= found:
+        source = convert.source_of(tensors)
+        raise errors.WeightsError(f"{source}: {depth} blocks asked for, {found} are there")
+    for name, load in native.items():
+        kept[name] = lambda load=load: load()[:depth]
+    return readers.Tensors(kept, convert.source_of(tensors), getattr(tensors, "metadata", None))
+
+
 # ---- whole checkpoints -----------------------------------------------------------------------
 
 _LAYOUTS = {  # a name that only this layout has, wherever it stands -> how to read it
     "model.embed_tokens.weight": ("hf", from_hf),
     "transformer/wte/embedding": ("easylm", from_easylm),
     "token_embd.weight": ("gguf", from_gguf),
+    "tok_embeddings.weight": ("meta", from_meta),
     "embed/table": ("native", from_native),
 }
 
 
 def layout_of(tensors: convert.Tensors) -> str:
-    """One of "hf", "easylm", "gguf", "native"; WeightsError when the names tell nothing."""
+    """One of "hf", "easylm", "gguf", "meta", "native"; WeightsError when the names tell nothing."""
     for sign, (layout, _) in _LAYOUTS.items():
         if any(name == sign or name.endswith("/" + sign) for name in tensors):
             return layout
@@ -216,29 +274,47 @@ def layout_of(tensors: convert.Tensors) -> str:
 
 
 def from_tensors(tensors: convert.Tensors, cfg: llama.LlamaConfig, shardings=None):
-    """Tensors in any of the four layouts -> our parameters."""
+    """Tensors in any of the five layouts -> our parameters."""
     layout = layout_of(tensors)
     read = next(read for name, read in _LAYOUTS.values() if name == layout)
     return read(tensors, cfg, shardings)
 
 
 def load(
-    path: str | os.PathLike, cfg: llama.LlamaConfig | None = None, shardings=None, **overrides
+    path: str | os.PathLike,
+    cfg: llama.LlamaConfig | None = None,
+    shardings=None,
+    *,
+    blocks: int = 0,
+    **overrides,
 ) -> tuple[llama.LlamaConfig, dict[str, Any]]:
-    """Reads any of the four layouts.
+    """Reads any of the five layouts.
 
     Args:
       path: what `readers.read` takes.
-      cfg: sizes; None takes them from the file, a config.json beside it, or the shapes.
+      cfg: sizes; None takes them from the file, a config.json or params.json beside it, or the
+        shapes.
       shardings: see `convert.convert`.
+      blocks: read only so many, from the first; 0 reads all.
       **overrides: config fields to replace, e.g. `param_dtype="bfloat16"`.
 
     Returns:
       (config, parameters).
     """
+    _whole(path)
     tensors = readers.read(path)
     cfg = dataclasses.replace(cfg or config_of(tensors, path), **overrides)
+    if blocks:
+        tensors, cfg = first_blocks(tensors, blocks), dataclasses.replace(cfg, depth=blocks)
     return cfg, from_tensors(tensors, cfg, shardings)
+
+
+def _whole(path):
+    if (second := readers.folder_of(path) / "consolidated.01.pth").exists():
+        raise errors.WeightsError(
+            f"{second}: a model split over several files by Meta (13B and larger) is not "
+            "supported; take the Hugging Face layout of it"
+        )
 
 
 def load_gguf(path: str | os.PathLike, **overrides) -> tuple[llama.LlamaConfig, dict[str, Any]]:
@@ -250,16 +326,21 @@ def load_gguf(path: str | os.PathLike, **overrides) -> tuple[llama.LlamaConfig, 
 
 
 def config_of(tensors: convert.Tensors, path: str | os.PathLike) -> llama.LlamaConfig:
-    """The config from GGUF metadata, else config.json beside the weights, else the shapes."""
-    if layout_of(tensors) == "gguf":
+    """The config from GGUF metadata, else the JSON file beside the weights, else the shapes."""
+    layout = layout_of(tensors)
+    if layout == "gguf":
         try:
             return config_from_gguf(tensors.metadata, tied="output.weight" not in tensors)
         except KeyError as error:
             raise errors.WeightsError(f"{path}: no {error} in the metadata") from error
-    file = readers.folder_of(path) / "config.json"
-    if not file.exists():
-        return config_from_shapes(tensors)
-    return readers.read_config(file, llama.LlamaConfig, config_from_hf)
+    folder = readers.folder_of(path)
+    if (folder / "config.json").exists():
+        return readers.read_config(folder / "config.json", llama.LlamaConfig, config_from_hf)
+    if layout == "meta" and (folder / "params.json").exists():
+        rows = len(tensors["tok_embeddings.weight"])
+        from_meta_file = functools.partial(config_from_meta, vocab_size=rows)
+        return readers.read_config(folder / "params.json", llama.LlamaConfig, from_meta_file)
+    return config_from_shapes(tensors)
 
 
 def config_from_hf(fields: Mapping[str, Any]) -> llama.LlamaConfig:
@@ -320,6 +401,39 @@ def config_to_hf(cfg: llama.LlamaConfig) -> dict[str, Any]:
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def config_from_meta(fields: Mapping[str, Any], vocab_size: int) -> llama.LlamaConfig:
+    """Meta's params.json -> our config.
+
+    The MLP width is not in the file but follows from it: two thirds of 4 * width, times the
+    multiplier if there is one, up to the next multiple of `multiple_of`.
+
+    Args:
+      fields: the dict of the file.
+      vocab_size: rows of the embedding; the file says -1 (LLaMA 1 and 2).
+
+    Raises:
+      WeightsError: sizes missing, or scaled rotary angles (LLaMA 3.1), which are not supported.
+    """
+    if fields.get("use_scaled_rope"):
+        raise errors.WeightsError("use_scaled_rope is not supported; plain LLaMA is")
+    if absent := [key for key in ("dim", "n_layers", "n_heads") if key not in fields]:
+        raise errors.WeightsError(f"{absent} missing; not a params.json of LLaMA")
+    multiple = fields.get("multiple_of", 256)
+    hidden = int(8 * fields["dim"] / 3)
+    hidden = int((fields.get("ffn_dim_multiplier") or 1) * hidden)
+    cfg = llama.LlamaConfig(
+        vocab_size=vocab_size,
+        width=fields["dim"],
+        depth=fields["n_layers"],
+        mlp_width=-(-hidden // multiple) * multiple,
+        num_heads=fields["n_heads"],
+        num_kv_heads=fields.get("n_kv_heads") or 0,
+        rope_theta=float(fields.get("rope_theta") or 1e4),
+        rms_eps=fields.get("norm_eps", 1e-5),
+    )
+    return _normal(cfg)
 
 
 def config_from_gguf(metadata: Mapping[str, Any], *, tied: bool) -> llama.LlamaConfig:
