@@ -5,6 +5,8 @@
     pan      a window moving slowly over a photo             other photos
     colour   grey, colour, grey, colour, ...                 photos that training never shows
     group    images of one class, then of the next           the same photos
+    inpaint  photo with black holes, photo, ...              the same photos
+    mask     scene, mask of the thing in it, ...             other things, other halves of textures
 
 Writes WORKDIR/demo/{train,heldout}_KIND.array_record. Equal arguments give equal files.
 """
@@ -15,16 +17,17 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from vlm_jax import image_tokenizer
+from vlm_jax import config, image_tokenizer
 from vlm_jax.data import records
-from vlm_jax.datasets import demo_photos, demo_videos, visual_sentences
+from vlm_jax.datasets import demo_photos, demo_scenes, demo_videos, visual_sentences
 from vlm_jax.systems.lvm import layouts
 
-KINDS = ("video", "pan", "colour", "group")
+KINDS = ("video", "pan", "colour", "group", "inpaint", "mask")
+_DEFAULT_KINDS = ("video", "pan", "colour", "group")
 _MAX_STRIDE = 4  # frames; upstream draws 1...4 for frame folders
 _MAX_PAN = 0.03  # of the window per frame: like the videos, most of a frame is in the next one
 
@@ -35,6 +38,7 @@ def prepare(
     tokenizer: str = "tiny",
     image_side: int = 0,
     images: int = 8,
+    kinds: Sequence[str] = _DEFAULT_KINDS,
     sentences: int = 800,
     heldout_sentences: int = 16,
     crops: int = 300,
@@ -47,17 +51,21 @@ def prepare(
       tokenizer: "tiny" or a folder.
       image_side: pixels of an image; 0 is the side that the tokenizer was trained for.
       images: of a sentence.
+      kinds: which of the table above.
       sentences, heldout_sentences: of every kind.
       crops: random crops of the large photos, besides the 450 small ones.
       seed: of crops, groupings and starts.
 
     Raises:
+      ConfigError: unknown kinds.
       DataError: the photos or videos cannot be had (offline, or changed).
     """
+    if unknown := sorted(set(kinds) - set(KINDS)):
+        raise config.ConfigError(f"prepare.kinds: {unknown} are none of {', '.join(KINDS)}")
     folder = workdir / "demo"
     made_of = dict(
-        tokenizer=tokenizer, image_side=image_side, images=images, sentences=sentences,
-        heldout_sentences=heldout_sentences, crops=crops, seed=seed,
+        tokenizer=tokenizer, image_side=image_side, images=images, kinds=list(kinds),
+        sentences=sentences, heldout_sentences=heldout_sentences, crops=crops, seed=seed,
     )  # fmt: skip
     note = folder / "made_of.json"
     if note.exists() and json.loads(note.read_text()) == made_of:
@@ -70,13 +78,20 @@ def prepare(
         photos = [source[i] for i in range(len(source))]
         shots = demo_videos.load_shots(split, encoder.side)
         small, large = demo_photos.load_tiny(split), demo_photos.load_large(split)
-        for kind in KINDS:
-            drawn = [_draw(kind, photos, small, large, shots, images, rng) for _ in range(count)]
+        half = images // 2
+        scenes = demo_scenes.Scenes(split, count=count * half, size=encoder.side, seed=seed)
+        for kind in kinds:
+            if kind == "mask":
+                drawn = [_masks(scenes, range(i, i + half)) for i in range(0, count * half, half)]
+            else:
+                drawn = [
+                    _draw(kind, photos, small, large, shots, images, rng) for _ in range(count)
+                ]
             path = folder / f"{split}_{kind}.array_record"
             visual_sentences.write(path, _tokenize(drawn, encoder, kind))
     note.write_text(json.dumps(made_of))
     print(
-        f"[lvm] tokenized {len(KINDS)} kinds of visual sentences, {sentences} to train on and "
+        f"[lvm] tokenized {len(kinds)} kinds of visual sentences, {sentences} to train on and "
         f"{heldout_sentences} held out of each, into {folder}",
         file=sys.stderr,
     )
@@ -97,12 +112,24 @@ def _draw(kind, photos, small, large, shots, num_images, rng) -> list[np.ndarray
     if kind == "colour":
         chosen = rng.choice(len(photos), num_images // 2, replace=False)
         return layouts.colorization([photos[i]["image_u8"] for i in chosen])
+    if kind == "inpaint":
+        chosen = rng.choice(len(photos), num_images // 2, replace=False)
+        return layouts.inpainting([photos[i]["image_u8"] for i in chosen], rng)
     by_class: dict[int, list[np.ndarray]] = {}
     for photo in photos:
         if photo["label"] >= 0:
             by_class.setdefault(photo["label"], []).append(photo["image_u8"])
-    per_class = max(2, num_images // 4)
+    per_class = 2  # few classes have four held-out photos
     return layouts.category_groups(by_class, rng, num_images=num_images, per_class=per_class)
+
+
+def _masks(scenes, indices) -> list[np.ndarray]:
+    """scene1 mask1 scene2 mask2 ...; masks are white on black."""
+    drawn = [scenes[index] for index in indices]
+    masks = [scene["masks"].any(0)[..., None].repeat(3, -1) for scene in drawn]
+    return layouts.pairs(
+        [scene["image_u8"] for scene in drawn], [mask.astype(np.uint8) * 255 for mask in masks]
+    )
 
 
 def _tokenize(
