@@ -14,12 +14,20 @@ leftover keys of `config.evals.<name>`, among them `predict`, the name of the ta
             # and `record_ids`, a list of names per row;
             # read(fields of a DataConfig) -> batches of other data, for baselines;
             # pictures go to out_dir (None on all processes but the first).
+
+Optional `task_needs = ("decode_batch",)` names members of the task that `run` calls.
+
+A batch passes `task.encode_batch`, where the task has it, before the evaluator sees it: prompts of
+pictures become ids there. What that puts into nested dicts stays on the host.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -39,7 +47,9 @@ class EvalConfig:
 
     Attributes:
       type: module in `vlm_jax/evaluators`, or a dotted name.
-      data: a `DataConfig`'s fields; read in order, once.
+      data: a `DataConfig`'s fields; read in order, once. An evaluation with an empty `path` in it
+        is inactive: recipes list what can be evaluated once there are data.
+      formatter: fields of `task.prompt_formatter`; empty takes the formatter of the run.
       every: steps between evaluations; 0 only at the end.
       batch_size: rows of a global batch.
       max_batches: stop after this many batches; 0 reads everything.
@@ -48,6 +58,7 @@ class EvalConfig:
 
     type: str
     data: Mapping[str, Any]
+    formatter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     every: int = 0
     batch_size: int = 8
     max_batches: int = 0
@@ -65,7 +76,7 @@ class Evaluation:
 
 
 def make(evals: Mapping[str, Mapping[str, Any]]) -> list[Evaluation]:
-    """Evaluators from `config.evals`.
+    """Evaluators from `config.evals`; inactive ones are left out and named on stderr.
 
     Raises:
       ConfigError: unknown type or keys.
@@ -79,12 +90,28 @@ def make(evals: Mapping[str, Mapping[str, Any]]) -> list[Evaluation]:
         module = task_lib.resolve(config.type, "evaluators")
         evaluator = config_lib.section(module.Evaluator, rest, f"evals.{name}")
         data = config_lib.section(pipeline.DataConfig, config.data, f"evals.{name}.data")
+        if missing := _empty_path(config_lib.plain(config.data), f"evals.{name}.data"):
+            _say_once(f"evals.{name} is inactive: {missing} is empty")
+            continue
         result.append(Evaluation(name, config, evaluator, data))
     return result
 
 
 def check(evaluation: Evaluation, task: Any, params: Any, batch: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless the task predicts what the evaluator reads. Allocates nothing."""
+    """Raises ConfigError unless the task predicts what the evaluator reads. Allocates no network.
+
+    Args:
+      evaluation, task: see above.
+      params: shapes are enough.
+      batch: of `first_batch`; goes through `task.encode_batch`.
+    """
+    for member in getattr(evaluation.evaluator, "task_needs", ()):
+        if not hasattr(task, member):
+            raise config_lib.ConfigError(
+                f"evals.{evaluation.name}: the evaluator {evaluation.config.type!r} needs a task "
+                f"with {member!r}, and {type(task).__name__} has none"
+            )
+    batch = _encode(task, batch)
     name, needs = evaluation.evaluator.predict, getattr(evaluation.evaluator, "needs", ())
     if name not in task.predict:
         raise config_lib.ConfigError(
@@ -100,9 +127,11 @@ def check(evaluation: Evaluation, task: Any, params: Any, batch: Mapping[str, An
         )
 
 
-def first_batch(evaluation: Evaluation, formatter: Any, seed: int) -> dict[str, np.ndarray]:
+def first_batch(
+    evaluation: Evaluation, formatter: Any, seed: int, task: Any = None
+) -> dict[str, np.ndarray]:
     """The first batch of an evaluation; fails early when its data are not there."""
-    batches = _batches(evaluation, formatter, seed)
+    batches = _batches(evaluation, _formatter_of(evaluation, task, formatter), seed)
     try:
         return next(batches)
     finally:
@@ -122,30 +151,41 @@ class Runner:
     ) -> dict[str, float]:
         """One evaluator's scalars; its pictures are written to `out_dir/<name>`."""
         rng = jax.random.fold_in(jax.random.key(self._seed), 2)
+        calls = itertools.count()
         batch_size = evaluation.config.batch_size
         rows = sharding.rows_of_process(self._mesh, batch_size)
         predictor = self._predictor(evaluation.evaluator.predict)
+        formatter = _formatter_of(evaluation, self._task, self._formatter)
 
         def predict(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             mine = {key: x[rows] for key, x in batch.items() if isinstance(x, np.ndarray)}
             placed = sharding.place_batch(self._mesh, mine, rows, batch_size)
             with partition.use_mesh(self._mesh):
-                return jax.tree.map(np.asarray, predictor(params, placed, rng))
+                # Another key every time, so that a batch can be predicted more than once.
+                return jax.tree.map(
+                    np.asarray, predictor(params, placed, jax.random.fold_in(rng, next(calls)))
+                )
+
+        def encoded(of: Evaluation) -> Iterator[dict[str, Any]]:
+            for batch in _batches(of, formatter, self._seed):
+                yield _encode(self._task, batch)
 
         def read(fields: Mapping[str, Any]) -> Iterator[dict[str, np.ndarray]]:
             name = f"evals.{evaluation.name}"
             data = config_lib.section(pipeline.DataConfig, fields, name)
             config = dataclasses.replace(evaluation.config, max_batches=0)
-            other = dataclasses.replace(evaluation, data=data, config=config)
-            return _batches(other, self._formatter, self._seed)
+            return encoded(dataclasses.replace(evaluation, data=data, config=config))
 
-        batches = _batches(evaluation, self._formatter, self._seed)
         folder = None
         if jax.process_index() == 0:
             folder = out_dir / evaluation.name
             folder.mkdir(parents=True, exist_ok=True)
         results = evaluation.evaluator.run(
-            task=self._task, predict=predict, batches=batches, read=read, out_dir=folder
+            task=self._task,
+            predict=predict,
+            batches=encoded(evaluation),
+            read=read,
+            out_dir=folder,
         )
         return {f"eval/{evaluation.name}/{key}": float(x) for key, x in results.items()}
 
@@ -158,6 +198,42 @@ class Runner:
                 out_shardings=everywhere,
             )
         return self._compiled[name]
+
+
+def _formatter_of(evaluation: Evaluation, task: Any, formatter: Any) -> Any:
+    """The formatter of the run, or that of prompts."""
+    fields = evaluation.config.formatter
+    if not fields:
+        return formatter
+    name = f"evals.{evaluation.name}.formatter"
+    if not hasattr(task, "prompt_formatter"):
+        raise config_lib.ConfigError(
+            f"{name}: {type(task).__name__} makes no prompts; leave it out to use the run's own"
+        )
+    try:
+        return config_lib.call(functools.partial(task.prompt_formatter, formatter), fields, name)
+    except (TypeError, ValueError) as error:
+        raise config_lib.ConfigError(f"{name}: {error}") from error
+
+
+def _encode(task: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    return getattr(task, "encode_batch", lambda batch: batch)(batch)
+
+
+def _empty_path(values: Any, name: str) -> str:
+    """Name of the first empty `path` in nested fields; "" when there is none."""
+    for key, value in values.items() if isinstance(values, Mapping) else ():
+        if key == "path" and value == "":
+            return f"{name}.{key}"
+        if missing := _empty_path(value, f"{name}.{key}"):
+            return missing
+    return ""
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    if jax.process_index() == 0:
+        print(f"[evaluate] {message}", file=sys.stderr)
 
 
 def _batches(evaluation: Evaluation, formatter: Any, seed: int) -> Iterator[dict[str, np.ndarray]]:

@@ -60,6 +60,15 @@ class OptionalTask(Protocol):
     def units_per_step(self, batch: Mapping[str, Any]) -> tuple[str, float]:
         """What the progress bar counts, for example ("tokens", 4096.0)."""
 
+    def prompt_formatter(self, formatter: Formatter, **fields: Any) -> Formatter:
+        """Of evaluations that set `evals.X.formatter=fields`; `formatter` is that of the run."""
+
+    def encode_batch(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A host batch of an evaluation as the predictors want it, for example pictures as ids."""
+
+    def decode_batch(self, outputs: Mapping[str, Any]) -> Any:
+        """float32[B, n, S, S, 3] in [0, 1]: the images of a predictor's outputs (host side)."""
+
     def pictures(self, outputs: Mapping[str, Any]) -> list[Any]:
         """Rows of labelled images for a predictor's outputs (host side)."""
 

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax import image_tokenizer
@@ -27,6 +26,7 @@ from vlm_jax.ops import losses
 
 REFERENCE_TOP_K = 50  # upstream: inference.py leaves top_k unset, and generate() then takes 50
 MAX_ROWS = 32  # sequences per device call
+MAX_SCORED = 2**16  # tokens per device call of `perplexity`; 16 rows of 4,096
 
 
 class Lvm:
@@ -87,7 +87,7 @@ class Lvm:
         """
         prompts, single = _as_prompts(frames)
         ids = self.continue_ids(
-            [self._ids(prompt) for prompt in prompts],
+            self._ids(prompts),
             n,
             candidates=candidates,
             sampler=sampling.Sampler(
@@ -144,9 +144,7 @@ class Lvm:
         targets, _ = _as_prompts(target)
         if len(contexts) != len(targets):
             raise ValueError(f"{len(contexts)} contexts for {len(targets)} targets")
-        return self.perplexity_ids(
-            [self._ids(prompt) for prompt in contexts], [self._ids(prompt) for prompt in targets]
-        )
+        return self.perplexity_ids(self._ids(contexts), self._ids(targets))
 
     # ---- the same on ids ---------------------------------------------------------------------
 
@@ -187,13 +185,26 @@ class Lvm:
     def perplexity_ids(
         self, contexts: Sequence[np.ndarray], targets: Sequence[np.ndarray]
     ) -> np.ndarray:
-        """`perplexity` on int32[images, tokens_per_image] arrays."""
-        result = []
-        for context, target in zip(contexts, targets):
-            ids = np.concatenate([context.reshape(-1), target.reshape(-1)])[None]
-            logp = self._score(self.params, jnp.asarray(ids, jnp.int32))
-            result.append(np.exp(-np.asarray(logp, np.float64)[0, -target.size :].mean()))
-        return np.array(result)
+        """`perplexity` on int32[images, tokens_per_image] arrays; equal lengths run together."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, (context, target) in enumerate(zip(contexts, targets, strict=True)):
+            groups.setdefault((context.size, target.size), []).append(index)
+        result = np.zeros(len(contexts))
+        for (before, scored), indices in groups.items():
+            most = max(1, MAX_SCORED // (before + scored))
+            per_call = min(MAX_ROWS, 1 << (most.bit_length() - 1))
+            ids = np.stack(
+                [np.concatenate([contexts[i].ravel(), targets[i].ravel()]) for i in indices]
+            )
+            for start in range(0, len(ids), per_call):
+                part = ids[start : start + per_call].astype(np.int32)
+                # Powers of two, so that few shapes are compiled.
+                bucket = min(per_call, 1 << (len(part) - 1).bit_length())
+                filled = np.concatenate([part, np.repeat(part[-1:], bucket - len(part), axis=0)])
+                logp = np.asarray(self._score(self.params, filled, scored), np.float64)
+                nll = -logp[: len(part)].mean(axis=1)
+                result[indices[start : start + per_call]] = np.exp(nll)
+        return result
 
     def _by_length(self, prompts, n, candidates, sampler, seed, keep):
         groups: dict[int, list[int]] = {}
@@ -237,15 +248,20 @@ class Lvm:
     def _score(self):
         if "score" not in self._generators:
 
-            def score(params, ids_bt):
-                logits_btv = self._network.bind(params)(ids_bt[:, :-1]).logits
-                return losses.token_logp(logits_btv, ids_bt[:, 1:])
+            def score(params, ids_bt, scored):
+                module = self._network.bind(params)
+                hidden_btd, _ = module.transform(module.embed(ids_bt[:, :-1]))
+                # Only what is scored goes through the head: logits are the largest array here.
+                logits_btv = module.logits(hidden_btd[:, -scored:])
+                return losses.token_logp(logits_btv, ids_bt[:, -scored:])
 
-            self._generators["score"] = jax.jit(score)
+            self._generators["score"] = jax.jit(score, static_argnums=2)
         return self._generators["score"]
 
-    def _ids(self, prompt: Sequence[np.ndarray]) -> np.ndarray:
-        return self.tokenizer.encode_u8([_as_u8(image) for image in prompt])
+    def _ids(self, prompts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+        """int32[images, tokens_per_image] per prompt; all images are encoded together."""
+        ids = self.tokenizer.encode_u8([_as_u8(image) for prompt in prompts for image in prompt])
+        return np.split(ids, np.cumsum([len(prompt) for prompt in prompts])[:-1])
 
 
 def from_run(

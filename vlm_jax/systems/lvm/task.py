@@ -4,8 +4,8 @@
                      └ predict["score"]     log-probability of every target
                      └ predict["continue"]  ids of the images after the context
 
-Images exist only at the edges: `tools` tokenize them before training, and `pictures` decodes ids
-with the frozen tokenizer afterwards.
+Images exist only at the edges: `tools` tokenize them before training, `encode_batch` the prompts of
+evaluations, and `pictures` and `decode_batch` decode ids with the frozen tokenizer afterwards.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vlm_jax.decoding import generate, sampling
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
 from vlm_jax.ops import losses
+from vlm_jax.systems.lvm import prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +40,10 @@ class LvmTask:
         are small, and chunks cost time.
       codebook_size: ids below are visual; the others are never generated.
       tokens_per_image: ids of one image.
-      context_images: images that predict["continue"] sees.
+      context_images: images of a training row that predict["continue"] sees; of a prompt, see
+        prompts.py, it sees all.
       lead_tokens: ids before the first image of a row (BOS).
-      tokenizer: of `pictures`: "tiny" or a folder; "" has none.
+      tokenizer: of pictures: "tiny" or a folder; "" has none.
       image_side: pixels of its images; 0 is the side it was trained for.
       temperature, top_k, top_p: of predict["continue"].
     """
@@ -134,6 +136,52 @@ class LvmTask:
         rows, length = batch["tokens"].shape
         return rows * length * llama.flops_per_token(self.cfg, length, causal_half=True)
 
+    def prompt_formatter(
+        self, formatter: Any, *, images: int, targets: int = 1, lead: bool = True
+    ) -> prompts.Formatter:
+        """For evaluations on prompts; `formatter` is that of the run.
+
+        Args:
+          formatter: its `encode` says what rows begin with.
+          images: context images of a prompt, at most.
+          targets: images to predict.
+          lead: begin prompts with BOS, as rows of our own runs do. False is the reference, and
+            right for its released weights and for its perplexity.
+
+        Raises:
+          ConfigError: more images than the model takes, or the tokenizer does not fit.
+        """
+        lead_ids = formatter.encode({"tokens": b""})[0][: self.lead_tokens] if lead else ()
+        needed = len(lead_ids) + (images + targets) * self.tokens_per_image - 1
+        if needed > self.cfg.max_tokens:
+            raise config_lib.ConfigError(
+                f"{images}+{targets} images take {needed} tokens, and model.max_tokens is "
+                f"{self.cfg.max_tokens}; ask for fewer"
+            )
+        return prompts.Formatter(
+            images=images,
+            targets=targets,
+            side=self._image_tokenizer().side if self.tokenizer else 0,
+            size=self.tokens_per_image,
+            lead_ids=tuple(map(int, lead_ids)),
+        )
+
+    def encode_batch(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Prompts as ids, their pictures through the tokenizer; other batches as they are."""
+        if "num_prompt" not in batch:
+            return batch
+
+        def to_ids(pictures_u8):
+            return self._image_tokenizer().encode_u8(pictures_u8)
+
+        return prompts.encode(batch, to_ids, self.tokens_per_image)
+
+    def decode_batch(self, outputs: Mapping[str, Any]) -> np.ndarray:
+        """float32[B, n, S, S, 3] of ids int32[B, n, size] or int32[B, n * size]."""
+        ids = np.asarray(outputs["ids"])
+        images01 = self._image_tokenizer().decode(ids.reshape(-1, self.tokens_per_image))
+        return images01.reshape(len(ids), -1, *images01.shape[1:])
+
     def pictures(self, outputs, batch) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
         """Rows of (context, generated, true) images and their scores, for predict["continue"].
 
@@ -141,9 +189,7 @@ class LvmTask:
           One dict (label, columns, images: uint8[H, W, 3]) and one dict of scalars per row:
           `token_match`, the share of generated ids that are the true ones.
         """
-        tokenizer = _tokenizer(
-            self.tokenizer, self.image_side, self.codebook_size, self.tokens_per_image
-        )
+        tokenizer = self._image_tokenizer()
         context, size = self.context_images, self.tokens_per_image
         end = self.lead_tokens + context * size
         ids = np.concatenate(
@@ -185,25 +231,37 @@ class LvmTask:
         return {"logp": losses.token_logp(logits_btv, batch["targets"])}
 
     def _continue(self, params, batch, rng):
+        """Ids of the next image after `context_images` of a row, or of all targets of a prompt."""
         size = self.tokens_per_image
-        end = self.lead_tokens + self.context_images * size
-        if batch["tokens"].shape[1] + 1 < end + size:
-            raise ValueError(
-                f"rows of {batch['tokens'].shape[1]} tokens hold no {self.context_images} context "
-                f"images of {size} ids and one more; lower task.context_images"
-            )
+        if "prompt" in batch:
+            prompt_bt, valid_bt = batch["prompt"], batch["prompt_valid"]
+            new = batch["target_ids"].shape[1] * size
+        else:
+            end = self.lead_tokens + self.context_images * size
+            if batch["tokens"].shape[1] + 1 < end + size:
+                raise ValueError(
+                    f"rows of {batch['tokens'].shape[1]} tokens hold no {self.context_images} "
+                    f"context images of {size} ids and one more; lower task.context_images"
+                )
+            prompt_bt, valid_bt, new = batch["tokens"][:, :end], None, size
         params, cfg = llama.decode_form(params, self.cfg)
         module = functional.Functional(lambda rngs: llama.Llama(cfg, rngs)).bind(params)
-        prompt_bt = batch["tokens"][:, :end]
-        cache = llama.make_cache(cfg, prompt_bt.shape[0], end + size)
+        cache = llama.make_cache(cfg, prompt_bt.shape[0], prompt_bt.shape[1] + new)
         sampler = sampling.Sampler(
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             suppress_from=self.codebook_size,
         )
-        ids = generate.generate(module.step, cache, prompt_bt, size, rng, sampler=sampler)
+        ids = generate.generate(
+            module.step, cache, prompt_bt, new, rng, sampler=sampler, valid_bt=valid_bt
+        )
         return {"ids": jnp.squeeze(ids, 1)}
+
+    def _image_tokenizer(self) -> Any:
+        return _tokenizer(
+            self.tokenizer, self.image_side, self.codebook_size, self.tokens_per_image
+        )
 
 
 def _kind(names: list[str]) -> str:
@@ -219,7 +277,7 @@ def _tokenizer(name: str, side: int, codebook_size: int, tokens_per_image: int) 
     from vlm_jax import image_tokenizer
 
     if not name:
-        raise ValueError("task.tokenizer is empty, and pictures need one; 'tiny' or a folder")
+        raise ValueError("task.tokenizer is empty, and pictures need one: 'tiny' or a folder")
     return image_tokenizer.ImageTokenizer.load(
         name, side=side, codebook_size=codebook_size, tokens_per_image=tokens_per_image
     )

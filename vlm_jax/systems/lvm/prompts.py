@@ -1,0 +1,158 @@
+"""Prompts for evaluations: images in front, images to predict. Numpy only.
+
+A record has `prompt` and `target`, lists of uint8[H, W, 3] of any size, or `prompt_ids` and
+`target_ids`, int32[images, ids of one]. `target` may be missing: then images are only made.
+
+The example, stacked to a batch (n context images, m targets, S the side of the tokenizer):
+
+    key                      dtype[shape]          meaning
+    prompt_u8, target_u8     uint8[n, S, S, 3]     stretched as the reference, black where missing
+    prompt_ids, target_ids   int32[n, size]        instead of the pictures, from such records
+    num_prompt, num_target   int32                 how many of them are there
+    lead                     int32[L]              ids in front (BOS), or none
+    label, fold              int32                 class and fold of benchmarks, -1 for none
+    last_size                int32[2]              height and width of the last input as it came
+
+`encode` makes of it what the predictors read, see there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.data import images, records
+
+
+@dataclasses.dataclass(frozen=True)
+class Formatter:
+    """See the module.
+
+    Attributes:
+      images: context images of a record, at most.
+      targets: images to predict, at most; generation makes so many.
+      side: pixels; 0 takes records of ids only.
+      size: ids of an image.
+      lead_ids: in front of every prompt.
+    """
+
+    images: int
+    targets: int
+    side: int
+    size: int
+    lead_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.images < 1 or self.targets < 1:
+            raise ValueError(f"images={self.images} and targets={self.targets} must be positive")
+
+    def __call__(self, record: Mapping[str, Any], rng: Any = None) -> dict[str, np.ndarray]:
+        """One prompt.
+
+        Raises:
+          BadRecordError: no image, or more than fit.
+        """
+        example = {"lead": np.array(self.lead_ids, np.int32)}
+        last_size = (0, 0)
+        for key, room in (("prompt", self.images), ("target", self.targets)):
+            if "prompt_ids" in record:
+                ids = np.asarray(record.get(f"{key}_ids", ()), np.int32).reshape(-1, self.size)
+                example[f"{key}_ids"], count = _fill(ids, room, key), len(ids)
+            else:
+                pictures = list(record.get(key, ()))
+                if not self.side:
+                    raise records.DataError("pictures need task.tokenizer; 'tiny' or a folder")
+                small = [images.resize(picture, self.side) for picture in pictures]
+                blank = np.zeros((0, self.side, self.side, 3), np.uint8)
+                example[f"{key}_u8"] = _fill(np.stack(small) if small else blank, room, key)
+                count = len(pictures)
+                if key == "prompt" and pictures:
+                    last_size = pictures[-1].shape[:2]
+            example[f"num_{key}"] = np.int32(count)
+        if not example["num_prompt"]:
+            raise records.BadRecordError("the prompt is empty; LVM continues at least one image")
+        example["label"] = np.int32(record.get("label", -1))
+        example["fold"] = np.int32(record.get("fold", -1))
+        example["last_size"] = np.array(last_size, np.int32)
+        return example
+
+
+def _fill(rows: np.ndarray, room: int, key: str) -> np.ndarray:
+    if len(rows) > room:
+        field = "images" if key == "prompt" else "targets"
+        raise records.BadRecordError(f"{len(rows)} {key} images; formatter.{field} is {room}")
+    return np.concatenate([rows, np.zeros((room - len(rows), *rows.shape[1:]), rows.dtype)])
+
+
+def encode(
+    batch: Mapping[str, Any], to_ids: Callable[[np.ndarray], np.ndarray], size: int
+) -> dict[str, Any]:
+    """A batch of prompts as ids. Pictures move to `pictures`, which stays on the host.
+
+    With lead ids l, context images A B and target C, two ids each; a shorter prompt is padded on
+    the left of `prompt`, and on the right of the rows, where causality hides it:
+
+        prompt         l A A B B                        prompt_valid   1 1 1 1 1
+        tokens         l A A B B C                      segments       1 1 1 1 1 1
+        targets        A A B B C C                      weights        0 0 0 0 1 1
+        target_ids     [[C C]]                          positions      0 1 2 3 4 5
+
+    Args:
+      batch: see the module.
+      to_ids: uint8[N, S, S, 3] -> int32[N, size]; called once.
+      size: ids of an image.
+    """
+    batch = dict(batch)
+    pictures = {key: batch.pop(key) for key in ("prompt_u8", "target_u8") if key in batch}
+    counts = {"prompt": batch.pop("num_prompt"), "target": batch.pop("num_target")}
+    lead = batch.pop("lead")
+    if pictures:
+        _encode_pictures(batch, pictures, counts, to_ids, size)
+        batch["pictures"] = {**pictures, **{f"num_{key}": x for key, x in counts.items()}}
+    prompt_ids, target_ids = batch.pop("prompt_ids"), batch["target_ids"]
+    rows, n = prompt_ids.shape[:2]
+    m, length = target_ids.shape[1], lead.shape[1] + n * size
+    total = length + m * size
+    batch["prompt"] = np.zeros((rows, length), np.int32)
+    batch["prompt_valid"] = np.ones((rows, length), bool)
+    ids_bt, scored_bt = np.zeros((rows, total), np.int32), np.zeros((rows, total), bool)
+    used_b = np.zeros(rows, int)
+    for row in range(rows):
+        context = np.concatenate([lead[row], prompt_ids[row, : counts["prompt"][row]].ravel()])
+        target = target_ids[row, : counts["target"][row]].ravel()
+        if len(context):
+            batch["prompt"][row, -len(context) :] = context
+            # A row that only fills the batch has no prompt; attending nowhere would give NaN.
+            batch["prompt_valid"][row, : length - len(context)] = not counts["prompt"][row]
+        used_b[row] = len(context) + len(target)
+        ids_bt[row, : used_b[row]] = np.concatenate([context, target])
+        scored_bt[row, len(context) : used_b[row]] = True
+    places = np.arange(total - 1, dtype=np.int32)
+    return batch | {
+        "tokens": ids_bt[:, :-1],
+        "targets": ids_bt[:, 1:],
+        "weights": scored_bt[:, 1:].astype(np.float32),
+        "segments": (places < used_b[:, None] - 1).astype(np.int32),
+        "positions": np.tile(places, (rows, 1)),
+    }
+
+
+def _encode_pictures(
+    batch: dict[str, Any],
+    pictures: Mapping[str, np.ndarray],
+    counts: Mapping[str, np.ndarray],
+    to_ids: Callable[[np.ndarray], np.ndarray],
+    size: int,
+) -> None:
+    """Adds prompt_ids and target_ids of all pictures that are there."""
+    there = {
+        key: np.arange(pictures[f"{key}_u8"].shape[1]) < counts[key][:, None] for key in counts
+    }
+    found: Sequence[np.ndarray] = [pictures[f"{key}_u8"][there[key]] for key in counts]
+    ids = to_ids(np.concatenate(found))
+    for key, part in zip(counts, np.split(ids, [len(found[0])])):
+        batch[f"{key}_ids"] = np.zeros((*there[key].shape, size), np.int32)
+        batch[f"{key}_ids"][there[key]] = part
