@@ -50,23 +50,3 @@ class LayerNorm(nnx.Module):
         normed = centred * jax.lax.rsqrt(variance + self.eps)
         scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
         return (normed * scale + bias).astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """(x - mean) / sqrt(variance + eps) * scale + bias; all in float32, the result in x's dtype.
-
-    Args: as `RMSNorm`.
-    """
-
-    def __init__(self, width: int, eps: float, param_dtype="float32", stack: tuple[int, ...] = ()):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones((*stack, width), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((*stack, width), param_dtype))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises the last axis."""
-        x32 = x.astype(jnp.float32)
-        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + self.eps)
-        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
