@@ -17,10 +17,10 @@ ALLOWED = {
     "nn": {"ops"},
     "models": {"nn", "ops"},
     "decoding": {"ops"},
-    "metrics": {"ops"},
+    "metrics": {"models", "ops"},
     "data": set(),
     "datasets": {"data"},
-    "weights": {"models", "nn"},
+    "weights": {"data", "models", "nn"},
     "systems": SHARED
     | {"models", "nn", "ops", "decoding", "weights", "data", "datasets", "metrics"},
     "evaluators": {"metrics", "data", "models", "weights"},
