@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -53,12 +55,7 @@ def read_frames(
         with av.open(stream) as container:
             if not container.streams.video:
                 raise images.ImageError(f"{name}: holds no video")
-            context = container.streams.video[0].codec_context
-            if context.width * context.height > images.MAX_PIXELS:
-                raise images.ImageError(
-                    f"{name}: frames of {context.width}x{context.height} are over the limit of "
-                    f"{images.MAX_PIXELS} pixels"
-                )
+            _check_size(container, name)
             for index, frame in enumerate(container.decode(video=0)):
                 if index >= MAX_FRAMES or (count is not None and len(frames) >= count):
                     break
@@ -72,6 +69,87 @@ def read_frames(
     if not frames:
         raise images.ImageError(f"{name}: no frame at or after {start}")
     return np.stack(frames)
+
+
+def count_frames(path: str | os.PathLike) -> int:
+    """Frames of the file, from its packets: nothing is decoded.
+
+    Raises:
+      ImageError: missing, not a video, or damaged.
+    """
+    with _opened(path) as container:
+        return len(_stamps(container))
+
+
+def read_at(
+    path: str | os.PathLike, frames: Sequence[int], *, size: int | tuple[int, int] | None = None
+) -> np.ndarray:
+    """The frames of these numbers; decoding starts at the key frame before the first.
+
+    Args:
+      path: of the file.
+      frames: increasing, from 0, in presentation order.
+      size: stretch to this, see `resize`.
+
+    Returns:
+      frames_u8, uint8[N, H, W, 3].
+
+    Raises:
+      ImageError: missing, not a video, damaged, too large, or ends before a frame.
+    """
+    with _opened(path) as container:
+        stamps = _stamps(container)
+        if frames[-1] >= len(stamps):
+            raise images.ImageError(f"{path}: has {len(stamps)} frames, none at {frames[-1]}")
+        stamped = stamps[0] is not None
+        place = {stamps[n] if stamped else n: i for i, n in enumerate(frames)}
+        found: dict[int, np.ndarray] = {}
+        if stamped:
+            container.seek(stamps[frames[0]], stream=container.streams.video[0])
+        for number, frame in enumerate(container.decode(video=0)):
+            key = frame.pts if stamped else number
+            if key in place:
+                frame_u8 = frame.to_ndarray(format="rgb24")
+                found[place[key]] = resize(frame_u8, size) if size else frame_u8
+                if len(found) == len(frames):
+                    break
+    missing = [number for i, number in enumerate(frames) if i not in found]
+    if missing:
+        raise images.ImageError(f"{path}: cannot decode frame {missing[0]}")
+    return np.stack([found[i] for i in range(len(frames))])
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike):
+    """The container of a file with a video of decent size; decoding errors name the file."""
+    av = records.require("av")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise images.ImageError(f"{path}: holds no video")
+            _check_size(container, str(path))
+            yield container
+    except (av.error.FFmpegError, OSError) as error:
+        raise images.ImageError(f"{path}: cannot decode: {error}") from error
+
+
+def _stamps(container) -> list[int | None]:
+    """Presentation times of all frames, in order; all None where the file does not tell them."""
+    packets = [p for p in container.demux(video=0) if p.size and not p.is_discard]
+    stamps = {packet.pts for packet in packets}
+    container.seek(0)
+    if None in stamps or len(stamps) < len(packets):
+        return [None] * len(packets)
+    return sorted(stamps)
+
+
+def _check_size(container, name: str) -> None:
+    context = container.streams.video[0].codec_context
+    if context.width * context.height > images.MAX_PIXELS:
+        raise images.ImageError(
+            f"{name}: frames of {context.width}x{context.height} are over the limit of "
+            f"{images.MAX_PIXELS} pixels"
+        )
 
 
 def resize(frame_u8: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
