@@ -1,0 +1,184 @@
+"""One-shot sampling: the k likeliest first tokens, then k labels completed side by side.
+
+Yue et al., arXiv 2312.02142, sec. 3.3. The prefix (image and prompt) is computed once; every label
+is a branch that reads the prefix's keys and its own, and ends at its first delimiter:
+
+    prefix ─ prefill ─ softmax ─ top k ─┬─ so ─ fa ─ ,
+                                        ├─ cat ─ ,
+                                        └─ ...            greedy, all branches in one product
+
+    found = one_shot.compile(fn.bind, k=10, max_tokens=20, delimiter_id=29892, prefix_block=256)(
+        params, prefix_btd)                      # OneShot; rank it with decoding.label_lists
+
+The network offers `prefill(prefix_btd, valid_bt=, prefix_block=) -> (logits_bv, cache)`,
+`fork(cache, k, slots) -> branches` with a method `select(index_bw)`, and
+`extend(tokens_br, branches) -> (logits_brv, branches)`; `models.llama.Llama` is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PAD_ID = -1  # in ids_bkt, after the end of a label
+_NARROWEST = 8  # ours: fewer rows cost a step no less
+_SHRINK = 4  # ours: compile time grows with every width
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OneShot:
+    """k labels per image, in the order of their first tokens' probability.
+
+    Attributes:
+      ids_bkt: int32, the delimiter included, then PAD_ID.
+      probs_bkt: float32, the probability of each token, then 1: products need no mask.
+      lengths_bk: int32, tokens of the label, the delimiter included.
+      ended_bk: bool, whether the delimiter came within the limit.
+    """
+
+    ids_bkt: jax.Array
+    probs_bkt: jax.Array
+    lengths_bk: jax.Array
+    ended_bk: jax.Array
+
+
+def decode(
+    network: Any,
+    prefix_btd: jax.Array,
+    *,
+    k: int,
+    max_tokens: int,
+    delimiter_id: int,
+    prefix_block: int = 0,
+    valid_bt: jax.Array | None = None,
+    stop: bool = True,
+    max_rows: int = 1024,
+) -> OneShot:
+    """Traceable; everything but arrays is static. `compile` wraps it in a jit.
+
+    Args:
+      network: see the top of this file, over the parameters of this trace.
+      prefix_btd: vectors of image and prompt; what they are is the caller's business.
+      k: labels per image, up to the size of the vocabulary.
+      max_tokens: limit of a label, the delimiter included.
+      delimiter_id: ends a label. As a first token too: such a label is empty.
+      prefix_block: the first so many vectors see each other both ways (an image).
+      valid_bt: bool, False behind the end of shorter prefixes; None is all valid.
+      stop: False keeps generating behind delimiters, for comparisons with programs that do.
+      max_rows: branches of all images that are decoded together. More go one group after another,
+        so that the memory for their logits is bounded.
+
+    Returns:
+      OneShot.
+
+    Raises:
+      ValueError: k or max_tokens below 1, k larger than the vocabulary.
+    """
+    if k < 1 or max_tokens < 1:
+        raise ValueError(f"k {k} and max_tokens {max_tokens} must be at least 1")
+    logits_bv, cache = network.prefill(prefix_btd, valid_bt=valid_bt, prefix_block=prefix_block)
+    b, vocabulary = logits_bv.shape
+    if k > vocabulary:
+        raise ValueError(f"k {k} is larger than the vocabulary of {vocabulary} tokens; lower k")
+    probs_bk, ids_bk = jax.lax.top_k(jax.nn.softmax(logits_bv.astype(jnp.float32), axis=-1), k)
+    ends = delimiter_id if stop else None
+
+    group = min(k, max(1, max_rows // b))
+    extra = -k % group  # spare branches of the last group; over before they begin
+    first_bk = jnp.pad(ids_bk.astype(jnp.int32), ((0, 0), (0, extra)))
+    live_bk = jnp.broadcast_to(jnp.arange(k + extra) < k, first_bk.shape)
+    first_gbr, live_gbr = (x.reshape(b, -1, group).swapaxes(0, 1) for x in (first_bk, live_bk))
+    complete = lambda xs: _complete(network, cache, *xs, max_tokens, ends)  # noqa: E731
+    if len(first_gbr) == 1:
+        found = complete((first_gbr[0], live_gbr[0]))
+        more_ids_bkt, more_probs_bkt = found
+    else:
+        found = jax.lax.map(complete, (first_gbr, live_gbr))
+        more_ids_bkt, more_probs_bkt = (
+            x.swapaxes(0, 1).reshape(b, k + extra, max_tokens - 1)[:, :k] for x in found
+        )
+    ids_bkt = jnp.concatenate([ids_bk[..., None], more_ids_bkt], axis=2).astype(jnp.int32)
+    probs_bkt = jnp.concatenate([probs_bk[..., None], more_probs_bkt], axis=2)
+    is_end_bkt = ids_bkt == delimiter_id
+    ended_bk = is_end_bkt.any(axis=2)
+    lengths_bk = jnp.where(ended_bk, is_end_bkt.argmax(axis=2) + 1, max_tokens)
+    return OneShot(ids_bkt, probs_bkt, lengths_bk.astype(jnp.int32), ended_bk)
+
+
+def _complete(network, cache, token_br, live_br, max_tokens, ends):
+    """Tokens 1.. of every branch: (ids, probs), both [B, R, max_tokens - 1]."""
+    b, r = token_br.shape
+    more = max_tokens - 1
+    ids_brt = jnp.full((b, r, more), PAD_ID, jnp.int32)
+    probs_brt = jnp.ones((b, r, more), jnp.float32)
+    if not more:
+        return ids_brt, probs_brt
+    if ends is not None:
+        live_br &= token_br != ends
+    image_b1 = jnp.arange(b)[:, None]
+
+    def extend(state):
+        i, token_bw, live_bw, number_bw, branches, ids_brt, probs_brt = state
+        logits_bwv, branches = network.extend(token_bw, branches)
+        token_bw, prob_bw = _likeliest(logits_bwv)
+        slot = image_b1, number_bw, i
+        ids_brt = ids_brt.at[slot].set(jnp.where(live_bw, token_bw, PAD_ID))
+        probs_brt = probs_brt.at[slot].set(jnp.where(live_bw, prob_bw, 1.0))
+        if ends is not None:
+            live_bw &= token_bw != ends
+        return i + 1, token_bw, live_bw, number_bw, branches, ids_brt, probs_brt
+
+    # One loop per width: as soon as the live branches of every image fit the next one, they move
+    # together, so that a few long labels do not pay for all the short ones.
+    number_br = jnp.broadcast_to(jnp.arange(r), (b, r))
+    branches = network.fork(cache, r, more)
+    state = (jnp.int32(0), token_br, live_br, number_br, branches, ids_brt, probs_brt)
+    for width, narrower in _widths(r, shrink=ends is not None):
+        if width < state[1].shape[1]:
+            state = _narrowed(state, width)
+        wanted = lambda state, n=narrower: (state[0] < more) & (state[2].sum(1).max() > n)  # noqa: E731
+        state = jax.lax.while_loop(wanted, extend, state)
+    return state[-2:]
+
+
+def _widths(r, shrink):
+    """(width, width of the next loop), the last with 0: 100 -> (100, 25), (25, 0)."""
+    widths = [r]
+    while shrink and widths[-1] // _SHRINK >= _NARROWEST:
+        widths.append(widths[-1] // _SHRINK)
+    return list(zip(widths, [*widths[1:], 0]))
+
+
+def _narrowed(state, width):
+    i, token_br, live_br, number_br, branches, *found = state
+    keep_bw = jnp.argsort(~live_br, axis=1, stable=True)[:, :width]
+    moved = (jnp.take_along_axis(x, keep_bw, axis=1) for x in (token_br, live_br, number_br))
+    return (i, *moved, branches.select(keep_bw), *found)
+
+
+def _likeliest(logits_brv):
+    """The arg max and its probability, in float32, without an array of probabilities."""
+    logits_brv = logits_brv.astype(jnp.float32)
+    best_br = logits_brv.max(axis=-1)
+    mass_br = jnp.exp(logits_brv - best_br[..., None]).sum(axis=-1)
+    return logits_brv.argmax(axis=-1).astype(jnp.int32), 1.0 / mass_br
+
+
+def compile(bind: Callable[[Any], Any], **options: Any) -> Callable[..., OneShot]:
+    """`decode` as one jitted function of (params, prefix_btd, valid_bt=None).
+
+    Args:
+      bind: params -> network.
+      **options: of `decode`.
+    """
+
+    @jax.jit
+    def run(params, prefix_btd, valid_bt=None):
+        return decode(bind(params), prefix_btd, valid_bt=valid_bt, **options)
+
+    return run
