@@ -15,6 +15,8 @@ EXTRAS = {
     "data": ["av>=12", "tensorflow-datasets>=4.9.7", "importlib_resources>=6"],
     # Tokenizers of the language models.
     "text": ["transformers>=4.50", "tokenizers>=0.20", "sentencepiece>=0.2"],
+    # Nouns of captions. From 3.9 on NLTK's data files are not pickles.
+    "labels": ["nltk>=3.9", "textblob>=0.18", "lemminflect>=0.2.3"],
     # Curves, event files.
     "logging": ["matplotlib>=3.8", "tensorboardX>=2.6"],
     # Reading .bin and .pth checkpoints. 2.6 is the first safe release: CVE-2025-32434.
@@ -31,6 +33,7 @@ EXTRAS["test"] = [
     "gguf>=0.10",  # an independent reader to compare with
     *EXTRAS["demo"],
     *EXTRAS["text"],
+    *EXTRAS["labels"],
     *EXTRAS["torch"],
 ]
 
