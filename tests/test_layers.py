@@ -23,7 +23,7 @@ ALLOWED = {
     "weights": {"data", "models", "nn"},
     "systems": SHARED
     | {"models", "nn", "ops", "decoding", "weights", "data", "datasets", "metrics"},
-    "evaluators": {"metrics", "data", "models", "weights"},
+    "evaluators": {"metrics", "data", "models", "weights", "curves"},
 }
 PROGRAM_NEVER = {"models", "systems", "datasets", "decoding"}
 PROGRAM = {

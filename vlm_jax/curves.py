@@ -21,12 +21,14 @@ def draw(workdir) -> pathlib.Path | None:
     A picture that cannot be written is reported on stderr and never ends a run.
     """
     series = collect(workdir)
-    if not series:
-        return None
-    path = pathlib.Path(workdir) / "curves.png"
+    return draw_series(series, pathlib.Path(workdir) / "curves.png") if series else None
+
+
+def draw_series(series, path: pathlib.Path, x_label: str = "step") -> pathlib.Path | None:
+    """Draws {title: [(x, y), ...]}, a panel each; None, with a line on stderr, when it cannot."""
     try:
         try:
-            _draw_matplotlib(series, path)
+            _draw_matplotlib(series, path, x_label)
         except ImportError:
             _draw_pillow(series, path)
     except Exception as error:
@@ -53,7 +55,7 @@ def collect(workdir) -> dict[str, list[tuple[int, float]]]:
     return {name: series[name] for name in sorted(series, key=rank)[:_MAX_PANELS]}
 
 
-def _draw_matplotlib(series, path: pathlib.Path) -> None:
+def _draw_matplotlib(series, path: pathlib.Path, x_label: str) -> None:
     from matplotlib.backends import backend_agg
     from matplotlib.figure import Figure  # not pyplot: no display and no global state
 
@@ -70,7 +72,7 @@ def _draw_matplotlib(series, path: pathlib.Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if index >= len(series) - columns:
-            axes.set_xlabel("step", fontsize=8)
+            axes.set_xlabel(x_label, fontsize=8)
     figure.savefig(path, dpi=100)
 
 

@@ -1,17 +1,28 @@
-"""LVM: continue images, or complete an analogy.
+"""LVM: continue images, complete an analogy, or answer a file of prompts.
 
     --continue a.png b.png c.png --n=2        the two images that follow
     --pair a.png a2.png --pair b.png b2.png --query=c.png
+    --jsonl=prompts.jsonl --candidates=2 --resize_output=original
 
 Writes OUT/grid.png (prompt and candidates) and every new image as OUT/candidate_I_frame_J.png.
+
+--jsonl is the batch interface of the reference: a line is {"input": [paths], "output": path,
+"target": [paths]}, the target optional; relative inputs are taken from the folder of the file.
+Writes OUT/output per line, candidates below each other and new images side by side, and prints the
+error against the targets. Lines may differ in their number of images.
 """
 
 from __future__ import annotations
 
 import pathlib
 
+import numpy as np
+
 from vlm_jax import loading
-from vlm_jax.data import images
+from vlm_jax.data import images, records, tiling
+from vlm_jax.datasets import visual_prompts
+
+_CHUNK = 64  # prompts in memory at once; the device takes fewer
 
 
 def add_arguments(parser):
@@ -19,6 +30,7 @@ def add_arguments(parser):
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--continue", dest="frames", nargs="+", metavar="IMAGE")
     what.add_argument("--pair", action="append", nargs=2, metavar="IMAGE")
+    what.add_argument("--jsonl", metavar="FILE")
     parser.add_argument("--query", metavar="IMAGE", help="with --pair")
     parser.add_argument("--n", type=int, default=1, help="new images")
     parser.add_argument("--candidates", type=int, default=4)
@@ -26,6 +38,12 @@ def add_arguments(parser):
     parser.add_argument("--top_k", type=int, default=50)
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    help_ = "with --jsonl: '', 'original' (size of the last input) or 'WIDTH,HEIGHT'"
+    parser.add_argument("--resize_output", default="", help=help_)
+    help_ = "with --jsonl: put the inputs in front of the new images"
+    parser.add_argument("--show_inputs", action="store_true", help=help_)
+    help_ = "with --jsonl: allow outputs outside of --out"
+    parser.add_argument("--anywhere", action="store_true", help=help_)
     parser.add_argument("--tokenizer", default="", help='"tiny" or a folder with the VQGAN')
 
 
@@ -33,20 +51,14 @@ def predict(args):
     """Loads, generates, writes the pictures, prints where they are."""
     if bool(args.pair) != bool(args.query):
         raise ValueError("--pair and --query belong together")
+    if args.jsonl:
+        _predict_file(args)
+        return
     # Decoded before the model is loaded: a wrong file should fail at once.
     paths = args.frames or [path for pair in args.pair for path in pair] + [args.query]
     prompt = [images.decode(path) for path in paths]
-    fields = {"tokenizer": args.tokenizer} if args.tokenizer else {}
-    model = loading.load("lvm", args.checkpoint, **fields)
-    made = model.continue_(
-        prompt,
-        args.n,
-        candidates=args.candidates,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
+    model = _load(args)
+    made = _continue(model, prompt, args, args.seed)
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for i, candidate in enumerate(made):
@@ -61,3 +73,60 @@ def predict(args):
     )
     (out / "grid.png").write_bytes(images.encode(grid))
     print(f"wrote {out / 'grid.png'} and {made.shape[0] * made.shape[1]} images")
+
+
+def _predict_file(args):
+    """Every line of a batch file; a line whose pictures are damaged is named and left out.
+
+    Raises:
+      DataError: the file or an output is wrong, or, after all others are written, damaged pictures.
+    """
+    source = visual_prompts.VisualPrompts(args.jsonl, output=True)
+    paths = [
+        tiling.place(args.out, source.record_id(i), anywhere=args.anywhere)
+        for i in range(len(source))
+    ]
+    tiling.output_size(args.resize_output, (1, 1))
+    model = _load(args)
+    errors, bad = [], []
+    for start in range(0, len(source), _CHUNK):
+        lines = []
+        for i in range(start, min(start + _CHUNK, len(source))):
+            try:
+                lines.append((paths[i], source[i]))
+            except records.BadRecordError as error:
+                bad.append(f"{source.record_id(i)}: {error}")
+        prompts = [record["prompt"] for _, record in lines]
+        made = _continue(model, prompts, args, args.seed + start) if prompts else []
+        for (path, record), candidates_u8 in zip(lines, made):
+            prompt = record["prompt"]
+            size = tiling.output_size(args.resize_output, prompt[-1].shape[:2])
+            inputs = prompt if args.show_inputs else []
+            tiling.save(path, tiling.draw(candidates_u8, inputs, size))
+            if len(record["target"]) == args.n:
+                true = np.stack([images.resize(x, model.tokenizer.side) for x in record["target"]])
+                errors.append(np.square(images.to01(candidates_u8) - images.to01(true)).mean())
+    print(f"wrote {len(source) - len(bad)} pictures into {args.out}")
+    if errors:
+        mse = float(np.mean(errors))
+        print(f"mse {mse:.5f} over {len(errors)} lines ({3 * mse:.5f} as the reference prints it)")
+    if bad:
+        shown = "\n".join(bad[:8]) + (f"\nand {len(bad) - 8} more" if len(bad) > 8 else "")
+        raise records.DataError(f"{len(bad)} of {len(source)} lines were left out:\n{shown}")
+
+
+def _load(args):
+    fields = {"tokenizer": args.tokenizer} if args.tokenizer else {}
+    return loading.load("lvm", args.checkpoint, **fields)
+
+
+def _continue(model, prompts, args, seed):
+    return model.continue_(
+        prompts,
+        args.n,
+        candidates=args.candidates,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=seed,
+    )
