@@ -59,3 +59,9 @@ def fork(prefix: Any, num_branches: int, num_slots: int) -> Branches:
         return jnp.zeros((*stack, num_slots, b, num_branches, z // b, h), x.dtype)
 
     return Branches(prefix, jax.tree.map(empty, prefix.layers), jnp.zeros((), jnp.int32))
+
+
+def write(own_tbrkh: jax.Array, new_brkh: jax.Array, index: jax.Array) -> jax.Array:
+    """Puts one new key or value of every branch into slot `index`."""
+    new = new_brkh[None].astype(own_tbrkh.dtype)
+    return jax.lax.dynamic_update_slice(own_tbrkh, new, (index, 0, 0, 0, 0))

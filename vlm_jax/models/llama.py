@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from vlm_jax.models import branches
 from vlm_jax.nn import functional, norms
 from vlm_jax.ops import attention, matmul, partition, rope
 
@@ -199,7 +200,10 @@ class Llama(nnx.Module):
       segments_bt: int32 document numbers, 0 is padding; tokens see only their own document. Not
         together with a cache.
       valid_bt: bool, False for padding, which nobody reads; None is all valid.
-      cache: from `make_cache`, with room for T more tokens.
+      prefix_block: the first so many tokens see one another both ways (an image); static.
+      mask_bts: bool, who reads whom, instead of the causal order. Not together with a cache.
+      cache: from `make_cache`, with room for T more tokens; or `branches.Branches`, and then axis t
+        is one new token of each branch.
       fresh: the cache is empty (static). Attention then reads the new tokens only, without a mask
         over slots, and may use a fast kernel.
     """
@@ -228,6 +232,32 @@ class Llama(nnx.Module):
         )
         return self.logits(hidden_btd[:, -1:])[:, 0], cache
 
+    def prefill(self, x_btd, *, valid_bt=None, prefix_block=0):
+        """(float32 logits_bv after the last valid vector, a cache without free slots)."""
+        b, t, _ = x_btd.shape
+        hidden_btd, cache = self.transform(
+            x_btd,
+            valid_bt=valid_bt,
+            prefix_block=prefix_block,
+            cache=make_cache(self.cfg, b, t),
+            fresh=True,
+        )
+        if valid_bt is None:
+            last_b1d = hidden_btd[:, -1:]
+        else:
+            last_b = t - 1 - jnp.argmax(valid_bt[:, ::-1], axis=1)
+            last_b1d = jnp.take_along_axis(hidden_btd, last_b[:, None, None], axis=1)
+        return self.logits(last_b1d)[:, 0], cache
+
+    def fork(self, cache: Cache, num_branches: int, num_slots: int) -> branches.Branches:
+        """Continuations of a prefix; see `branches.fork`."""
+        return branches.fork(cache, num_branches, num_slots)
+
+    def extend(self, tokens_br, cache: branches.Branches):
+        """One more token in every branch: (float32 logits_brv of the next, cache)."""
+        hidden_brd, cache = self.transform(self.embed(tokens_br), cache=cache)
+        return self.logits(hidden_brd), cache
+
     def transform(
         self,
         x_btd,
@@ -235,12 +265,20 @@ class Llama(nnx.Module):
         positions_bt=None,
         segments_bt=None,
         valid_bt=None,
-        cache: Cache | None = None,
+        prefix_block: int = 0,
+        mask_bts=None,
+        cache: Cache | branches.Branches | None = None,
         fresh: bool = False,
     ):
         """Vectors in the space of the embedding -> (hidden_btd after the final norm, cache)."""
+        if isinstance(cache, branches.Branches):
+            return self._transform_branches(x_btd, cache)
         b, t, _ = x_btd.shape
-        where, index, seen_b = dict(causal=True), 0, 0
+        where, index, seen_b = dict(causal=True, prefix=prefix_block), 0, 0
+        if mask_bts is not None:
+            if cache is not None:
+                raise ValueError("mask_bts and cache cannot be combined")
+            where = dict(mask_bts=mask_bts)
         if segments_bt is not None:
             if cache is not None:
                 raise ValueError("segments_bt and cache cannot be combined")
@@ -265,6 +303,17 @@ class Llama(nnx.Module):
         if cache is not None:
             cache = Cache(layers, valid_bs, cache.index + t)
         return self.final_norm(x_btd), cache
+
+    def _transform_branches(self, x_brd, cache):
+        prefix = cache.prefix
+        positions_b1 = prefix.valid_bs.sum(axis=1, dtype=jnp.int32)[:, None] + cache.index
+        angles = rope.table(positions_b1, self.cfg.head_size, self.cfg.rope_theta)
+        where = dict(length=cache.index + 1, prefix_valid_bs=prefix.valid_bs)
+        layers = {i: {"prefix": prefix.layers[i], "own": cache.own[i]} for i in cache.own}
+        if self.cfg.scan_layers:
+            layers = {"prefix": prefix.layers, "own": cache.own}
+        x_brd, own = self._blocks(x_brd, layers, angles, where, cache.index, False)
+        return self.final_norm(x_brd), branches.Branches(prefix, own, cache.index + 1)
 
     def _blocks(self, x_btd, caches, *context):
         def block(x_btd, module, cache):
@@ -339,6 +388,12 @@ class Attention(nnx.Module):
         """`where` holds the arguments of `attend`; new keys go to slot `index` of the cache."""
         q_btnh, k_btkh, v_btkh = self._project(x_btd)
         q_btnh, k_btkh = rope.rotate(q_btnh, *angles), rope.rotate(k_btkh, *angles)
+        if cache is not None and "own" in cache:
+            b, new = len(x_btd), {"k": k_btkh, "v": v_btkh}
+            own = {name: branches.write(cache["own"][name], new[name], index) for name in new}
+            prefix = [_read(cache["prefix"][name], b) for name in new]
+            o_btnh = attention.attend_branches(q_btnh, *prefix, own["k"], own["v"], **where)
+            return self._merge(o_btnh), own
         if cache is not None:
             cache = {"k": _write(cache["k"], k_btkh, index), "v": _write(cache["v"], v_btkh, index)}
             if not fresh:

@@ -21,6 +21,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from vlm_jax.ops import masks, partition
@@ -42,6 +43,8 @@ def attend(
     q_segments_bt=None,
     kv_segments_bs=None,
     kv_valid_bs=None,
+    prefix: int = 0,
+    mask_bts=None,
     bias_bnts=None,
     scale: float | None = None,
     implementation: str | None = None,
@@ -56,6 +59,9 @@ def attend(
       q_offset: slot of query 0 among the keys, for a cache; int or int32 scalar. None is 0.
       q_segments_bt, kv_segments_bs: int32 document numbers; only equal ones see each other.
       kv_valid_bs: bool, keys that are real. A row without any gets a mean, never NaN.
+      prefix: the first so many keys are read by every query although `causal`: an image in front
+        of text (`masks.prefix`).
+      mask_bts: bool, any further restriction; dense for every implementation. b may be 1.
       bias_bnts: added to the scores; axes of size 1 broadcast.
       scale: factor on the scores; None is 1/sqrt(h). T5 passes 1.
       implementation: 'xla', 'blocks', 'cudnn', 'splash', or None for the best that takes this
@@ -65,13 +71,16 @@ def attend(
       o_btnh.
 
     Raises:
-      ValueError: heads that do not group, one of the two segment arrays missing, unknown name.
+      ValueError: heads that do not group, one of the two segment arrays missing, unknown name, a
+        prefix together with a cache's offset.
     """
     n, h, k = q_btnh.shape[2], q_btnh.shape[3], k_bskh.shape[2]
     if n % k:
         raise ValueError(f"{n} query heads cannot share {k} key heads; n must be a multiple of k")
     if (q_segments_bt is None) != (kv_segments_bs is None):
         raise ValueError("give both q_segments_bt and kv_segments_bs, or neither")
+    if prefix and q_offset is not None:
+        raise ValueError("prefix is for queries that start at slot 0; q_offset was given as well")
     scale = h**-0.5 if scale is None else scale
     where = dict(
         causal=causal,
@@ -79,6 +88,8 @@ def attend(
         q_segments_bt=q_segments_bt,
         kv_segments_bs=kv_segments_bs,
         kv_valid_bs=kv_valid_bs,
+        prefix=prefix if causal else 0,
+        mask_bts=mask_bts,
     )
     implementation = implementation or choose(q_btnh, k_bskh, bias_bnts=bias_bnts, **where)
     match implementation:
@@ -90,12 +101,13 @@ def attend(
             return _cudnn(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where)
         case "splash":
             segments = q_segments_bt, kv_segments_bs
-            return _splash(q_btnh, k_bskh, v_bskh, scale, causal, segments, kv_valid_bs)
+            kind = _splash_mask(causal, where["prefix"])
+            return _splash(q_btnh, k_bskh, v_bskh, scale, kind, segments, kv_valid_bs)
     known = "xla, blocks, cudnn, splash"
     raise ValueError(f"unknown attention implementation {implementation!r}; known: {known}")
 
 
-def choose(q_btnh, k_bskh, *, q_offset=None, bias_bnts=None, **_) -> str:
+def choose(q_btnh, k_bskh, *, q_offset=None, bias_bnts=None, mask_bts=None, **_) -> str:
     """The fastest implementation that takes these arguments on the platform of this trace."""
     (_, t, _, h), s = q_btnh.shape, k_bskh.shape[1]
     low_precision = q_btnh.dtype in (jnp.bfloat16, jnp.float16)
@@ -107,17 +119,30 @@ def choose(q_btnh, k_bskh, *, q_offset=None, bias_bnts=None, **_) -> str:
         return "xla"
     if platform == "gpu" and low_precision and h <= _CUDNN_MAX_WIDTH and t % 2 == s % 2 == 0:
         return "cudnn"
-    if platform == "tpu" and bias_bnts is None and t >= _LANES and s >= _LANES:
+    dense = bias_bnts is not None or mask_bts is not None
+    if platform == "tpu" and not dense and t >= _LANES and s >= _LANES:
         return "splash"
     return "xla"
 
 
 def dense_mask(
-    t, s, *, causal=False, q_offset=None, q_segments_bt=None, kv_segments_bs=None, kv_valid_bs=None
+    t,
+    s,
+    *,
+    causal=False,
+    q_offset=None,
+    q_segments_bt=None,
+    kv_segments_bs=None,
+    kv_valid_bs=None,
+    prefix=0,
+    mask_bts=None,
 ):
     """The same structure as mask_bts (b may be 1), or None where everything may be read."""
-    parts = []
-    if causal and t > 1:
+    parts = [] if mask_bts is None else [mask_bts]
+    if prefix:
+        open_s = jnp.arange(s) < prefix
+        parts.append((masks.causal(t, s, 0 if q_offset is None else q_offset) | open_s)[None])
+    elif causal and t > 1:
         parts.append(masks.causal(t, s, 0 if q_offset is None else q_offset)[None])
     elif causal:
         slot = 0 if q_offset is None else q_offset
@@ -155,10 +180,11 @@ def _blocks(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where):
 
     triangle = where["causal"] and where["q_offset"] is None and t == s and t > 1
     block = max(_BLOCK, -(-t // _MAX_BLOCKS)) if triangle else t
+    prefix, mask_bts = where["prefix"], where["mask_bts"]
     outputs = []
     for start in range(0, t, block):
         rows = slice(start, min(start + block, t))
-        cols = slice(0, rows.stop if triangle else s)
+        cols = slice(0, max(rows.stop, prefix) if triangle else s)
         scores = jnp.einsum(
             "bkgth,bksh->bkgts",
             q_bkgth[:, :, :, rows],
@@ -168,7 +194,7 @@ def _blocks(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where):
         if bias_bnts is not None:
             some = bias if bias.shape[3] == 1 else bias[:, :, :, rows]
             scores += some if some.shape[4] == 1 else some[..., cols]
-        mask_bts = dense_mask(
+        allowed_bts = dense_mask(
             rows.stop - start,
             cols.stop,
             causal=where["causal"],
@@ -176,9 +202,11 @@ def _blocks(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where):
             q_segments_bt=_part(where["q_segments_bt"], rows),
             kv_segments_bs=_part(where["kv_segments_bs"], cols),
             kv_valid_bs=_part(where["kv_valid_bs"], cols),
+            prefix=prefix,
+            mask_bts=None if mask_bts is None else mask_bts[:, rows, cols],
         )
-        if mask_bts is not None:
-            scores = jnp.where(mask_bts[:, None, None], scores, _MASKED)
+        if allowed_bts is not None:
+            scores = jnp.where(allowed_bts[:, None, None], scores, _MASKED)
         # Normalised after the product with v, where the sum is over h instead of s: the backward
         # pass then has no reduction over [t, s] either. The maximum cancels, in the gradient too.
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
@@ -213,12 +241,73 @@ def _one_query(q_b1nh, k_bskh, v_bskh, scale, **where):
     return jnp.einsum("zgs,zsh->zgh", probs_zgs, v_zsh).reshape(b, 1, n, h)
 
 
+def attend_branches(
+    q_brnh,
+    prefix_k_bskh,
+    prefix_v_bskh,
+    own_k_tbrkh,
+    own_v_tbrkh,
+    length,
+    *,
+    prefix_valid_bs=None,
+    scale: float | None = None,
+):
+    """One query of each of r branches: it reads a prefix that all share, and its branch's keys.
+
+    The softmax over both is done in two parts that are merged by their maxima and sums, so the
+    prefix is never repeated: its part is one product with r * n / k queries per key head.
+
+    Args:
+      q_brnh: queries, rotated, not yet scaled.
+      prefix_k_bskh, prefix_v_bskh: the shared keys and values.
+      own_k_tbrkh, own_v_tbrkh: each branch's own, slots first (models.branches).
+      length: int32, slots in use; at least 1.
+      prefix_valid_bs: bool, prefix keys that are real.
+      scale: as in `attend`.
+
+    Returns:
+      o_brnh in v's dtype.
+    """
+    (b, r, n, h), (s, k) = q_brnh.shape, prefix_k_bskh.shape[1:3]
+    g = n // k
+    q_brnh = q_brnh * (h**-0.5 if scale is None else scale)
+    # Axis z is batch and key heads in one, as in the cache; see _one_query.
+    k_zsh, v_zsh = (x.swapaxes(1, 2).reshape(b * k, s, h) for x in (prefix_k_bskh, prefix_v_bskh))
+    q_zqh = q_brnh.reshape(b, r, k, g, h).swapaxes(1, 2).reshape(b * k, r * g, h)
+    scores_zqs = jnp.einsum("zqh,zsh->zqs", q_zqh, k_zsh, preferred_element_type=jnp.float32)
+    if prefix_valid_bs is not None:
+        valid_z1s = jnp.repeat(prefix_valid_bs, k, axis=0)[:, None]
+        scores_zqs = jnp.where(valid_z1s, scores_zqs, _MASKED)
+    top_zq = scores_zqs.max(axis=-1)
+    weights_zqs = jnp.exp(scores_zqs - top_zq[..., None])
+    o_zqh = jnp.einsum(
+        "zqs,zsh->zqh", weights_zqs.astype(v_zsh.dtype), v_zsh, preferred_element_type=jnp.float32
+    )
+    branch = lambda x: x.reshape(b, k, r, g, *x.shape[2:]).swapaxes(1, 2)  # noqa: E731
+    o_brkgh, top_brkg, mass_brkg = map(branch, (o_zqh, top_zq, weights_zqs.sum(axis=-1)))
+
+    # A handful of keys per branch: sums of products, not matrix products.
+    q_brkgh = q_brnh.reshape(b, r, k, g, h)
+    scores_tbrkg = jnp.sum(q_brkgh * own_k_tbrkh[:, :, :, :, None], axis=-1, dtype=jnp.float32)
+    used_t = jnp.arange(len(own_k_tbrkh)) < length
+    scores_tbrkg = jnp.where(used_t[:, None, None, None, None], scores_tbrkg, _MASKED)
+    merged_brkg = jnp.maximum(top_brkg, scores_tbrkg.max(axis=0))
+    weights_tbrkg = jnp.exp(scores_tbrkg - merged_brkg)
+    rescale_brkg = jnp.exp(top_brkg - merged_brkg)
+    own_brkgh = jnp.sum(weights_tbrkg[..., None] * own_v_tbrkh[:, :, :, :, None], axis=0)
+    o_brkgh = o_brkgh * rescale_brkg[..., None] + own_brkgh
+    o_brkgh /= (mass_brkg * rescale_brkg + weights_tbrkg.sum(axis=0))[..., None]
+    return o_brkgh.reshape(b, r, n, h).astype(own_v_tbrkh.dtype)
+
+
 def _part(x_bs, part):
     return None if x_bs is None else x_bs[:, part]
 
 
 def _cudnn(q_btnh, k_bskh, v_bskh, bias_bnts, scale, *, causal, **where):
     (_, t, _, h), s = q_btnh.shape, k_bskh.shape[1]
+    if where["prefix"]:  # not the kernel's triangle any more
+        where, causal = {**where, "causal": True}, False
     mask_bts = dense_mask(t, s, **where)  # None for plain causal or full attention
     o_btnh = jax.nn.dot_product_attention(
         *(_pad_axis(x, 3, 8) for x in (q_btnh, k_bskh, v_bskh)),
@@ -231,7 +320,21 @@ def _cudnn(q_btnh, k_bskh, v_bskh, bias_bnts, scale, *, causal, **where):
     return o_btnh[..., :h]
 
 
-def _splash(q_btnh, k_bskh, v_bskh, scale, causal, segments, kv_valid_bs):
+def _splash_mask(causal, prefix):
+    """shape -> mask. Blocks of it that are all zero are skipped, all one are not masked."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+
+    if not prefix:
+        return splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask
+
+    def make(shape):
+        open_ts = np.broadcast_to(np.arange(shape[1]) < prefix, shape)
+        return splash_attention_mask.NumpyMask(open_ts | np.tri(*shape, dtype=bool))
+
+    return make
+
+
+def _splash(q_btnh, k_bskh, v_bskh, scale, kind, segments, kv_valid_bs):
     # Imported here: the kernels load only where they run.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel,
@@ -254,7 +357,6 @@ def _splash(q_btnh, k_bskh, v_bskh, scale, causal, segments, kv_valid_bs):
     shards = 1 if mesh is None else mesh.shape.get("tensor", 1)
     shards = shards if k % shards == 0 else 1
     shape = q.shape[2], keys.shape[2]
-    kind = splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask
     mask = splash_attention_mask.MultiHeadMask([kind(shape) for _ in range(n // shards)])
     kernel = splash_attention_kernel.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
 
