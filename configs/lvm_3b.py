@@ -8,6 +8,13 @@ r"""LVM 3B: a LLaMA over visual sentences, from scratch (arXiv 2312.00785).
 The full form follows the paper where it is known (2 M tokens an update, 4,096 tokens = 16 images a
 row) and the published 7B command for the rest (learning rates, warm-up, clipping, decay). Tokens
 come from the released f16-8192 tokenizer, as the upstream JSONL (type "jsonl") or as ArrayRecord.
+Sentences are packed without seeing each other, every token weighs the same in the loss;
+`:reference` packs and weighs as the released code does.
+
+The paper's evaluations are listed and inactive until they have data, for example
+
+    --config.task.tokenizer=$VQGAN \
+    --config.evals.segmentation.data.mixture.pairs.queries.path=$VOC/VOCdevkit/VOC2012
 
 `:tiny` trains a small network on real photos and video frames with the tokenizer that ships in the
 package (eight images of 32 pixels a sentence), then prints held-out perplexity beside the uniform
@@ -24,20 +31,32 @@ def get_config(arg=""):
 
 def recipe(preset, arg="", batch_size=512, steps=200_000):
     """Shared by all sizes."""
-    if arg not in ("", "tiny"):
-        raise ValueError(f"{preset}: argument {arg!r} is neither '' nor 'tiny'")
-    return tiny() if arg else full(preset, batch_size, steps)
+    if arg not in ("", "tiny", "reference"):
+        raise ValueError(f"{preset}: argument {arg!r} is neither '' nor 'tiny' nor 'reference'")
+    return tiny() if arg == "tiny" else full(preset, batch_size, steps, arg == "reference")
 
 
-def full(preset, batch_size, steps):
+def full(preset, batch_size, steps, reference=False):
     c = ml_collections.ConfigDict()
     c.system = "lvm"
     c.model = dict(preset=preset, dtype="bfloat16", remat="full", max_tokens=4096)
-    c.task = dict(loss_mean="row", attention="causal", tokenizer="")
-    c.formatter = dict(max_tokens=4096, bos_id=8192, eos_id=8193, vocab_size=8292)
+    # A row of 16 images is one sentence: with EOS it would not fit, and nothing needs to end it.
+    kind = dict(
+        loss_mean="token", attention="documents", packing="documents", fields="<|bos|>,{tokens}"
+    )
+    if reference:  # sentences straddle rows, attention is not cut, rows weigh the same
+        kind = dict(
+            loss_mean="row", attention="causal", packing="stream", fields="<|bos|>,{tokens},<|eos|>"
+        )
+    c.task = dict(
+        loss_mean=kind["loss_mean"], attention=kind["attention"], tokenizer="",
+        temperature=1.0, top_k=50,  # as the reference samples
+    )  # fmt: skip
+    c.formatter = dict(
+        max_tokens=4096, fields=kind["fields"], bos_id=8192, eos_id=8193, vocab_size=8292
+    )
     c.data = dict(
-        mixture=dict(uvd=dict(type="array_record", path="", weight=1.0)),
-        packing="stream",  # as upstream: sentences straddle rows, attention is not cut
+        mixture=dict(uvd=dict(type="array_record", path="", weight=1.0)), packing=kind["packing"]
     )
     c.optim = dict(
         lr=1.5e-4, end_lr=3e-5, warmup_steps=8_000, decay_steps=steps,
@@ -51,8 +70,53 @@ def full(preset, batch_size, steps):
         log_every=10, save_every=1_000, keep_last=3, milestone_every=10_000,
         tensorboard=True, wandb="",
     )  # fmt: skip
-    c.evals = dict()
+    c.evals = paper_evals(lead=not reference)
     return c
+
+
+def paper_evals(lead, shots=5, rows=32):
+    """The paper's evaluations, each inactive until its `path` is given.
+
+    Args:
+      lead: whether prompts begin with BOS: as runs of our own are trained. The reference and its
+        released weights have none (`:reference`), nor has its perplexity.
+      shots: pairs in front of a query; 5 in the paper.
+      rows: of a batch, a multiple of data * fsdp of the mesh.
+    """
+
+    def prompts(**source):
+        return dict(mixture=source, packing="none")
+
+    def few_shot(kind, answer, queries, **fields):
+        pairs = dict(type="few_shot", answer=answer, shots=shots, queries=queries)
+        return dict(
+            type="few_shot", kind=kind, batch_size=rows, data=prompts(pairs=pairs),
+            formatter=dict(images=2 * shots + 1, targets=1, lead=lead), **fields,
+        )  # fmt: skip
+
+    masks, boxes = (dict(type="pascal5i", kind=kind, path="") for kind in ("mask", "box"))
+    photos = dict(type="image_folder", path="", limit=1000)  # ImageNet's validation images
+    return dict(
+        # The upstream JSONL {"input": [paths], "target": [paths]}.
+        perplexity=dict(
+            type="perplexity", batch_size=rows, formatter=dict(images=15, targets=1, lead=False),
+            data=prompts(list=dict(type="visual_prompts", path="")),
+        ),
+        # Token files of videos, 16 frames a sentence.
+        context=dict(
+            type="context_perplexity", tokens_per_image=256, lead_tokens=1, keep_lead=lead,
+            batch_size=rows, data=prompts(videos=dict(type="array_record", path="")),
+        ),
+        segmentation=few_shot("segmentation", "mask", masks),
+        detection=few_shot("detection", "mask", boxes),
+        colorization=few_shot("colorization", "colour", photos, lpips=True),
+        # The upstream JSONL {"input": [paths], "output": path}.
+        generation=dict(
+            type="generation", batch_size=rows, candidates=2, resize_output="", show_inputs=False,
+            formatter=dict(images=15, targets=1, lead=lead),
+            data=prompts(list=dict(type="visual_prompts", path="", output=True)),
+        ),
+    )  # fmt: skip
 
 
 def tiny():
@@ -96,6 +160,19 @@ def tiny():
         ),
         samples=dict(
             type="image_grid", predict="continue", rows=8, batch_size=8, data=heldout
+        ),
+        context=dict(
+            type="context_perplexity", tokens_per_image=size, max_context=images - 1,
+            lead_tokens=1, keep_lead=True, batch_size=8,
+            data=dict(mixture=_sentences("heldout", dict(video=1.0)), packing="none"),
+        ),
+        colorization=dict(
+            type="few_shot", kind="colorization", batch_size=8, max_batches=2,
+            formatter=dict(images=images - 1),
+            data=dict(mixture=dict(pairs=dict(
+                type="few_shot", answer="colour", shots=(images - 2) // 2,
+                queries=dict(type="demo_photos", split="heldout"),
+            ))),
         ),
     )  # fmt: skip
     return c

@@ -9,7 +9,7 @@ from configs import lvm_3b
 
 def get_config(arg=""):
     c = lvm_3b.recipe("lvm_7b", arg, batch_size=128, steps=100_000)
-    if not arg:
+    if arg != "tiny":
         c.optim.decay_steps = 288_000
         c.train.accumulate = 4
     return c

@@ -173,9 +173,12 @@ def _check_batches(recipe: Recipe, mesh: Any) -> None:
         shares * recipe.train.accumulate,
         "every device takes the same number of rows of every part",
     )
-    for name, values in recipe.evals.items():
+    for evaluation in evaluate.make(recipe.evals):
         config_lib.check_divides(
-            f"evals.{name}.batch_size", values.get("batch_size", 8), "mesh.data*mesh.fsdp", shares
+            f"evals.{evaluation.name}.batch_size",
+            evaluation.config.batch_size,
+            "mesh.data*mesh.fsdp",
+            shares,
         )
 
 
