@@ -196,9 +196,8 @@ def revert(params: Mapping[str, Any], rules: Iterable[Rule]) -> dict[str, Callab
     def loader(target, layer):
         def load():
             x = arrays[target.path]
-            return np.ascontiguousarray(
-                target.rule.save(np.asarray(x[layer] if target.stacked else x))
-            )
+            value = target.rule.save(np.asarray(x[layer] if target.stacked else x))
+            return np.asarray(value, order="C")  # unlike ascontiguousarray it leaves scalars be
 
         return load
 
