@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "vlm_jax"
 # dependencies, `hardware` is a table; everybody may read them.
 CONTRACTS = {"config", "task", "hardware"}
 # A network with its data side, for the systems above it.
-SHARED = {"image_tokenizer"}
+SHARED = {"image_tokenizer", "text_embedder"}
 ALLOWED = {
     "ops": set(),
     "nn": {"ops"},
@@ -23,7 +23,7 @@ ALLOWED = {
     "weights": {"data", "models", "nn"},
     "systems": SHARED
     | {"models", "nn", "ops", "decoding", "weights", "data", "datasets", "metrics"},
-    "evaluators": {"metrics", "data", "models", "weights", "curves"},
+    "evaluators": SHARED | {"metrics", "data", "models", "weights", "curves"},
 }
 PROGRAM_NEVER = {"models", "systems", "datasets", "decoding"}
 PROGRAM = {

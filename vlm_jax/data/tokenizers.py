@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+from vlm_jax.data import records
 
 _CONTROL = 3  # ggml token type of special tokens
 
@@ -47,4 +51,26 @@ def from_gguf(metadata: Mapping[str, Any]):
             if token_type == _CONTROL
         ]
     )
+    return tokenizer
+
+
+def from_json(path: str | os.PathLike):
+    """The tokenizer of a `tokenizer.json`, of any kind; adds the begin and end tokens it names.
+
+    Padding and cutting that the file asks for are switched off: both are the caller's business.
+
+    Returns:
+      `tokenizers.Tokenizer`.
+
+    Raises:
+      DataError: no such file, or not one.
+      MissingExtraError: the `tokenizers` package is missing.
+    """
+    library = records.require("tokenizers", "text")
+    try:
+        tokenizer = library.Tokenizer.from_str(pathlib.Path(path).read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare exceptions
+        raise records.DataError(f"{path}: not a tokenizer: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     return tokenizer
