@@ -65,3 +65,30 @@ def test_resize_is_opencv_bit_for_bit():
 def test_exact_halving_averages_blocks():
     image = np.array([[[1], [2], [8], [8]], [[3], [4], [8], [9]]], np.uint8)
     assert video.resize(image, (1, 2))[..., 0].tolist() == [[3, 8]]  # (10 + 2) >> 2, (33 + 2) >> 2
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+def test_frames_are_counted_and_read_by_number(tmp_path, suffix):
+    path = tmp_path / f"clip.{suffix}"
+    with av.open(str(path), "w") as container:
+        track = container.add_stream("mpeg4", rate=fractions.Fraction(10))
+        track.width, track.height, track.pix_fmt, track.bit_rate = 48, 32, "yuv420p", 4_000_000
+        track.gop_size = 5  # key frames 0, 5, 10
+        for number in range(12):
+            grey = np.full((32, 48, 3), 20 * number, np.uint8)
+            container.mux(track.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        container.mux(track.encode())
+    assert video.count_frames(path) == 12
+    assert numbers(video.read_at(path, [7, 8, 11])) == [7, 8, 11]
+    some = video.read_at(path, [0, 4, 9], size=16)
+    np.testing.assert_array_equal(some, video.read_frames(path, size=16)[[0, 4, 9]])
+    with pytest.raises(images.ImageError, match="has 12 frames, none at 12"):
+        video.read_at(path, [3, 12])
+
+
+def test_unreadable_videos_are_named(tmp_path):
+    path = tmp_path / "noise.mp4"
+    path.write_bytes(b"no video here" * 9)
+    for function in (video.count_frames, lambda p: video.read_at(p, [0])):
+        with pytest.raises(images.ImageError, match="noise.mp4: cannot decode"):
+            function(path)

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import pathlib
+import platform
 import shutil
 import sys
 import time
@@ -156,7 +157,8 @@ def _write_json(path: pathlib.Path, content: Any) -> None:
 
 
 def _write_text(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    # Machines that share the folder may have equal process ids.
+    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 

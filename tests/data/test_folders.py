@@ -1,0 +1,54 @@
+import pytest
+
+from vlm_jax.data import folders, records
+
+
+def fill(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    return root
+
+
+def test_lists_at_any_depth_in_natural_order(tmp_path):
+    fill(tmp_path, "b/10.jpg", "b/9.PNG", "a/x.jpeg", "a/notes.txt", ".hidden/1.jpg", "b/.2.jpg")
+    assert folders.list_files(tmp_path) == ["a/x.jpeg", "b/9.PNG", "b/10.jpg"]
+    assert folders.by_folder(folders.list_files(tmp_path)) == {
+        "a": ["a/x.jpeg"],
+        "b": ["b/9.PNG", "b/10.jpg"],
+    }
+    (tmp_path / "a" / "back").symlink_to(tmp_path)  # a circle
+    assert len(folders.list_files(tmp_path)) == 3
+    with pytest.raises(records.DataError, match="holds no file that ends with .mp4"):
+        folders.list_files(tmp_path, folders.VIDEOS)
+    with pytest.raises(records.DataError, match="gone: no such folder"):
+        folders.list_files(tmp_path / "gone")
+
+
+def test_classes_are_the_first_folders():
+    assert folders.by_class(["cat/1.jpg", "cat/x/2.jpg", "dog/1.jpg"]) == {
+        "cat": ["cat/1.jpg", "cat/x/2.jpg"],
+        "dog": ["dog/1.jpg"],
+    }
+    with pytest.raises(records.DataError, match="1.jpg: has no class"):
+        folders.by_class(["1.jpg"])
+
+
+def test_pairs_match_by_order_and_stem(tmp_path):
+    photos = fill(tmp_path / "photos", "a/1.jpg", "a/2.jpg", "a/10.jpg")
+    depth = fill(tmp_path / "depth", "a/1.png", "a/2.png", "a/10.jpg.geometric.png")
+    assert folders.paired([photos, depth]) == [
+        ("a/1.jpg", "a/1.png"),
+        ("a/2.jpg", "a/2.png"),
+        ("a/10.jpg", "a/10.jpg.geometric.png"),
+    ]
+    fill(depth, "a/11.png")
+    with pytest.raises(records.DataError, match=r"photos holds 3 .*depth holds 4.*depth/a/11\.png"):
+        folders.paired([photos, depth])
+    (depth / "a/2.png").unlink()
+    with pytest.raises(records.DataError, match=r"a/2\.jpg and .*10\.jpg\.geometric\.png stand at"):
+        folders.paired([photos, depth])
+    assert folders.paired([photos, depth], "order")[2] == ("a/10.jpg", "a/11.png")
+    with pytest.raises(records.DataError, match="match='name' is not"):
+        folders.paired([photos, depth], "name")
