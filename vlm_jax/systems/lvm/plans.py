@@ -196,11 +196,10 @@ class _Sources:
                 ),
             )
         for call in calls:
-            self.digest.update(repr(sorted(self.drawings[call].things.items())).encode())
+            with open(os.path.expanduser(drawing.split(call)[0]), "rb") as stream:
+                self.digest.update(hashlib.file_digest(stream, "sha256").digest())
         if empty:
-            self.notes.append(
-                f"{empty} of {len(rows)} images have nothing to draw and are left out"
-            )
+            self.notes.append(f"{empty} of {len(rows)} images have nothing to draw: left out")
         return result
 
     def _name_in(self, call: str, name: str) -> str:
