@@ -234,7 +234,7 @@ def test_prompts_of_several_lengths_continue_as_one_by_one(parts, task, golden):
     batch = prompts.encode(
         {key: np.stack([x[key] for x in examples]) for key in examples[0]}, None, 64
     )
-    made = task.predict["continue"](parts[1], batch, jax.random.key(0))["ids"]
+    made = jax.jit(task.predict["continue"])(parts[1], batch, jax.random.key(0))["ids"]
     greedy = sampling.Sampler(temperature=0.0, suppress_from=64)
     expected = lvm.Lvm(*parts).continue_ids([r["prompt_ids"] for r in rows], 1, sampler=greedy)
     np.testing.assert_array_equal(np.asarray(made), expected[:, 0, 0])

@@ -1,0 +1,130 @@
+"""What the runner of evaluations promises to evaluators and tasks."""
+
+import jax
+import numpy as np
+import pytest
+
+from vlm_jax import config as config_lib
+from vlm_jax import evaluate, sharding
+
+ROWS = [{"value": i, "id": f"r{i}"} for i in range(5)]
+
+
+class Formatter:
+    def __init__(self, scale=1):
+        self._scale = scale
+
+    def __call__(self, record, rng):
+        return {"x": np.float32(self._scale * record["value"])}
+
+
+class Task:
+    """Doubles numbers; the host adds 100 first."""
+
+    predict = {
+        "double": lambda params, batch, rng: {
+            "y": 2 * batch["x"] + params["b"],
+            "noise": jax.random.normal(rng, batch["x"].shape),
+        }
+    }
+
+    def prompt_formatter(self, formatter, *, scale):
+        assert isinstance(formatter, Formatter)
+        if scale < 0:
+            raise ValueError(f"scale={scale} is negative")
+        return Formatter(scale)
+
+    def encode_batch(self, batch):
+        return {**batch, "x": batch["x"] + 100, "host": {"seen": batch["x"]}}
+
+
+class Evaluator:
+    """What an evaluator sees, kept."""
+
+    predict = "double"
+    needs = ("y",)
+    seen: list = []
+
+    def run(self, *, task, predict, batches, read, out_dir):
+        for batch in batches:
+            self.seen.append((batch, predict(batch), predict(batch)))
+        return {"count": len(self.seen)}
+
+
+def make(**entry):
+    data = dict(mixture=dict(m=dict(type="memory", records=ROWS)))
+    config = evaluate.EvalConfig(type="own", data=data, batch_size=2, **entry)
+    from vlm_jax.data import pipeline
+
+    evaluator = Evaluator()
+    evaluator.seen = []
+    return evaluate.Evaluation("own", config, evaluator, pipeline.DataConfig(**data))
+
+
+def run(evaluation, tmp_path, task):
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=1, tensor=4))
+    params = {"b": np.float32(1)}
+    shardings = {"b": sharding.replicated(mesh)}
+    batch = evaluate.first_batch(evaluation, Formatter(), 0, task)
+    evaluate.check(evaluation, task, params, batch)
+    results = evaluate.Runner(task, Formatter(), mesh, shardings, 0)(evaluation, params, tmp_path)
+    assert results == {"eval/own/count": 3.0}
+    return evaluation.evaluator.seen
+
+
+def test_batches_are_encoded_once_before_evaluators_and_predictors(tmp_path):
+    seen = run(make(), tmp_path, Task())
+    values = [batch["x"].tolist() for batch, _, _ in seen]
+    assert values == [[100, 101], [102, 103], [104, 100]]
+    np.testing.assert_array_equal(seen[0][1]["y"], [201, 203])
+    np.testing.assert_array_equal(seen[1][0]["host"]["seen"], [2, 3])  # not sent to the device
+    np.testing.assert_array_equal(seen[2][0]["valid"], [True, False])
+    assert seen[0][0]["record_ids"] == [["r0"], ["r1"]]
+
+
+def test_every_prediction_has_its_own_noise_and_a_second_pass_the_same(tmp_path):
+    noise = [x["noise"].tolist() for _, *two in run(make(), tmp_path, Task()) for x in two]
+    assert len({tuple(x) for x in noise}) == 6
+    again = [x["noise"].tolist() for _, *two in run(make(), tmp_path, Task()) for x in two]
+    assert noise == again
+
+
+def test_a_formatter_of_its_own(tmp_path):
+    seen = run(make(formatter=dict(scale=10)), tmp_path, Task())
+    assert seen[1][0]["x"].tolist() == [120, 130]
+
+
+def test_formatters_that_cannot_be(tmp_path):
+    def fails(match, task, **fields):
+        with pytest.raises(config_lib.ConfigError, match=match):
+            evaluate.first_batch(make(formatter=fields), Formatter(), 0, task)
+
+    fails("evals.own.formatter: object makes no prompts", object(), scale=1)
+    fails("unknown key evals.own.formatter.scal; did you mean 'scale'", Task(), scal=1)
+    fails("evals.own.formatter: scale=-1 is negative", Task(), scale=-1)
+
+
+def test_members_of_the_task_that_an_evaluator_calls():
+    evaluation = make()
+    evaluation.evaluator.task_needs = ("encode_batch", "decode_batch")
+    batch = evaluate.first_batch(evaluation, Formatter(), 0, Task())
+    with pytest.raises(config_lib.ConfigError, match="'decode_batch', and Task has none"):
+        evaluate.check(evaluation, Task(), {"b": np.float32(1)}, batch)
+
+
+def test_an_empty_path_makes_an_evaluation_inactive(capsys):
+    evaluate._say_once.cache_clear()
+    inner = dict(type="few_shot", answer="mask", queries=dict(type="pascal5i", path=""))
+    evals = {
+        "masks": dict(type="perplexity", data=dict(mixture=dict(pairs=inner))),
+        "text": dict(type="perplexity", data=dict(mixture=dict(a=dict(type="jsonl", path="a")))),
+    }
+    assert [evaluation.name for evaluation in evaluate.make(evals)] == ["text"]
+    assert [evaluation.name for evaluation in evaluate.make(evals)] == ["text"]
+    said = capsys.readouterr().err
+    assert said.count("evals.masks is inactive") == 1  # once, although it is made twice
+    assert "evals.masks.data.mixture.pairs.queries.path is empty" in said
+    # Mistakes are found in inactive entries too.
+    evals["masks"]["typ"] = 1
+    with pytest.raises(config_lib.ConfigError, match="typ"):
+        evaluate.make(evals)
