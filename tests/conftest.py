@@ -27,6 +27,12 @@ def golden_lvm():
     return pathlib.Path(__file__).parent / "golden" / "lvm"
 
 
+@pytest.fixture(scope="session")
+def golden_nxtp():
+    """Folder with a tiny NXTP checkpoint of the reference, its inputs and outputs."""
+    return pathlib.Path(__file__).parent / "golden" / "nxtp"
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 4 MiB."""

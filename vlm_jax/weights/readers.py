@@ -252,8 +252,11 @@ def _read_torch(file: pathlib.Path) -> Tensors:
             f"{file}: refused: not a plain, complete file of tensors ({reason}). Nothing in it was "
             "executed. If you trust its origin, resave it as safetensors where it was made"
         ) from error
-    while isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
+    # Files of a training run hold the weights under one of these, beside counters and moments.
+    while isinstance(state, Mapping) and (
+        inner := [key for key in ("state_dict", "model") if isinstance(state.get(key), Mapping)]
+    ):
+        state = state[inner[0]]
     if not isinstance(state, Mapping):
         raise errors.WeightsError(f"{file}: holds a {type(state).__name__}, not a state dict")
     others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]

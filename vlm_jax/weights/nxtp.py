@@ -1,0 +1,233 @@
+"""NXTP weights in the layout of the reference: complete, or as released.
+
+    vision_encoder.*       OpenAI's CLIP tower, `proj` (out, in) in place of CLIP's own projection
+    language_decoder.*     Meta's LLaMA, tables with two more rows
+
+A released .pth holds the trained tensors alone; the rest comes from the CLIP file that training
+started from. Names may have `module.` in front. Of `tok_embeddings` the converter sees three
+parts, `#base` (the vocabulary), `#image` and `#empty` (the added rows), since only one is trained;
+of a fused projection, as in `weights.clip`, `#q`, `#k`, `#v`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.models import llama as llama_model
+from vlm_jax.weights import clip, convert, errors, export, llama, readers
+
+_VISION, _DECODER = "vision_encoder.", "language_decoder."
+_TABLE = _DECODER + "tok_embeddings.weight"
+_ROWS = {"#base": slice(0, -2), "#image": -2, "#empty": -1}
+_SCALE = _VISION + "logit_scale"  # copied from CLIP, read by nobody
+_IGNORED = (re.escape(_SCALE), r"language_decoder\.rope\.freqs")
+
+RULES = (
+    *clip.openai_vision("vision/", _VISION),
+    convert.Rule("projection/kernel", _VISION + "proj.weight", lambda x, shape: x.T, lambda x: x.T),
+    convert.Rule("decoder/embed/table", _TABLE + "#base"),
+    convert.Rule("decoder/embed/(image|empty)", _TABLE + r"#\1"),
+    *(
+        convert.Rule(f"decoder/{rule.ours}", _DECODER + rule.theirs, rule.load, rule.save)
+        for rule in llama.META_RULES
+        if rule.ours != "embed/table"
+    ),
+)
+
+# upstream: the parameters that require a gradient, of a tower of 24 blocks.
+TRAINED_BLOCKS = 6
+
+
+def trained(num_vision_blocks: int) -> str:
+    """A regex of our parameters that a released file holds, apart from the frozen table."""
+    first = max(num_vision_blocks - TRAINED_BLOCKS, 0)
+    blocks = "|".join(str(i) for i in range(first, num_vision_blocks))
+    return (
+        rf"^(vision/(blocks/({blocks})|post_norm)/|projection/|decoder/"
+        r"(layers|final_norm|lm_head)/|decoder/embed/image$)"
+    )
+
+
+def read(path: str | os.PathLike, clip_path: str | os.PathLike = "") -> readers.Tensors:
+    """A checkpoint of the reference, `module.` removed, laid over the tower of a CLIP file.
+
+    Raises:
+      FileNotFoundError, WeightsError: see `readers.read`.
+    """
+    tensors = readers.read(path)
+    if any(name.startswith("module.") for name in tensors):
+        tensors = tensors.renamed(operator.methodcaller("removeprefix", "module."))
+    if not clip_path:
+        return tensors
+    return over_clip(tensors, clip.read(clip_path))
+
+
+def over_clip(tensors: convert.Tensors, clip_tensors: convert.Tensors) -> readers.Tensors:
+    """The tensors, and CLIP's image tower where they have none of that name.
+
+    Raises:
+      WeightsError: the CLIP file is not in OpenAI's layout.
+    """
+    if clip.layout_of(clip_tensors) != "openai":
+        clip_tensors = _as_openai(clip_tensors)
+    loaders = {}
+    for name in clip_tensors:
+        if name.startswith("visual.") and name != "visual.proj":
+            renamed = _VISION + name.removeprefix("visual.")
+            loaders[renamed] = functools.partial(clip_tensors.__getitem__, name)
+    own = clip.cut(tensors)
+    loaders |= {name: functools.partial(own.__getitem__, name) for name in own}
+    source = f"{convert.source_of(tensors)} over {convert.source_of(clip_tensors)}"
+    return readers.Tensors(loaders, source)
+
+
+def _as_openai(tensors: convert.Tensors) -> readers.Tensors:
+    """The image tower of another layout under OpenAI's names."""
+    cfg = clip.vision_config_of(tensors, getattr(tensors, "source", ""))
+    params = {"vision": clip.vision_from_tensors(tensors, cfg)}
+    return readers.Tensors(convert.revert(params, clip.OPENAI_RULES), convert.source_of(tensors))
+
+
+def from_tensors(
+    tensors: convert.Tensors, abstract: Mapping[str, Any], shardings=None
+) -> dict[str, Any]:
+    """The reference's tensors -> our parameters; see `convert.convert` for the errors.
+
+    Args:
+      tensors: complete, or a released file over CLIP: `read`.
+      abstract: our tree.
+      shardings: see `convert.convert`.
+
+    Raises:
+      ConversionError: as there; a released file without its CLIP is told what it lacks.
+    """
+    if _SCALE in tensors or _VISION + "class_embedding" in tensors:
+        return convert.convert(_cut(tensors), RULES, abstract, _IGNORED, shardings)
+    raise errors.WeightsError(
+        f"{convert.source_of(tensors)} holds the trained tensors alone (or is no NXTP checkpoint). "
+        "Give the CLIP file it was trained from as well: OpenAI's ViT-L-14.pt"
+    )
+
+
+def _cut(tensors: convert.Tensors) -> readers.Tensors:
+    """Fused tensors as parts; see the module."""
+    whole = clip.cut(tensors)
+    loaders = {name: functools.partial(whole.__getitem__, name) for name in whole}
+    if _TABLE in loaders:
+        load = loaders.pop(_TABLE)
+        for part, rows in _ROWS.items():
+            loaders[_TABLE + part] = lambda rows=rows: load()[rows]
+    return readers.Tensors(loaders, convert.source_of(tensors))
+
+
+def to_upstream(params: Mapping[str, Any], *, released: bool = False) -> dict[str, Callable]:
+    """Our parameters -> the reference's name -> function returning the array.
+
+    Args:
+      params: complete.
+      released: the trained tensors alone, `module.` in front, as the released files are. The
+        complete form has `logit_scale` too, at the value of every released CLIP, log(100).
+    """
+    loaders = clip.join(convert.revert(params, RULES))
+    parts = [loaders.pop(_TABLE + part) for part in _ROWS]
+    loaders[_TABLE] = lambda: np.concatenate(
+        [parts[0](), parts[1]()[None], parts[2]()[None]], axis=0
+    )
+    if not released:
+        return loaders | {_SCALE: lambda: np.float32(np.log(100)).reshape(())}
+    names = released_names(loaders, _num_vision_blocks(params))
+    return {f"module.{name}": loaders[name] for name in names}
+
+
+def shapes(abstract: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The reference's name -> shape of every tensor of the complete form; allocates nothing."""
+    found = clip.join_shapes(convert.reverted_shapes(abstract, RULES))
+    base = found.pop(_TABLE + "#base")
+    for part in ("#image", "#empty"):
+        found.pop(_TABLE + part)
+    return found | {_TABLE: (base[0] + 2, base[1]), _SCALE: ()}
+
+
+def released_names(names: Iterable[str], num_vision_blocks: int) -> list[str]:
+    """Which of the reference's names a released file holds."""
+    first = num_vision_blocks - TRAINED_BLOCKS
+    kept = []
+    for name in names:
+        block = re.match(r"vision_encoder\.transformer\.resblocks\.(\d+)\.", name)
+        other = name.startswith((_VISION + "proj.", _VISION + "ln_post.", _DECODER))
+        if other or (block and int(block[1]) >= first):
+            kept.append(name)
+    return kept
+
+
+def _num_vision_blocks(params: Mapping[str, Any]) -> int:
+    return len(params["vision"]["blocks"])
+
+
+def checkpoint(params: Mapping[str, Any], *, released: bool = False, dtype="float16"):
+    """What `export.write` writes: the reference's names in a safetensors file."""
+    tensors = to_upstream(params, released=released)
+    all_shapes = shapes(params)
+    sizes = {name: all_shapes[name.removeprefix("module.")] for name in tensors}
+    return export.Checkpoint(tensors, sizes, np.dtype(dtype), "nxtp", {"format": "pt"}, {})
+
+
+def save_pth(
+    path: str | os.PathLike, params: Mapping[str, Any], *, released: bool = True, dtype="float16"
+) -> None:
+    """Writes the .pth that the reference loads: {"model": names -> tensors}.
+
+    Raises:
+      WeightsError: torch is missing.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise errors.WeightsError(
+            f"{path}: writing a .pth needs torch: pip install torch"
+        ) from error
+    model = {
+        name: torch.from_numpy(np.array(load(), dtype))
+        for name, load in to_upstream(params, released=released).items()
+    }
+    partial = f"{os.fspath(path)}.partial"
+    torch.save({"epoch": 0, "global_step": 0, "model": model}, partial)
+    os.replace(partial, path)
+
+
+# ---- where training starts -------------------------------------------------------------------
+
+
+def decoder_from_llama(
+    tensors: convert.Tensors, cfg: llama_model.LlamaConfig, seed: int = 0
+) -> dict[str, Any]:
+    """The first blocks of a language model in any layout, with the two added tokens.
+
+    Both vectors in the table are standard normal. Of the head, the marker's column is uniform
+    within 1/sqrt(width) and the other zero; upstream: models/llama.py extends the tables so.
+
+    Args:
+      tensors: of the language model, deeper or not.
+      cfg: of our decoder, the added tokens counted.
+      seed: of the random rows.
+    """
+    base = dataclasses.replace(cfg, vocab_size=cfg.vocab_size - 2, scan_layers=True, fused=False)
+    params = llama.from_tensors(llama.first_blocks(tensors, cfg.depth), base)
+    rng = np.random.default_rng(seed)
+    dtype = np.dtype(cfg.param_dtype)
+    vectors = rng.standard_normal((2, cfg.width)).astype(dtype)
+    params["embed"] |= {"image": vectors[0], "empty": vectors[1]}
+    if not cfg.tie_embeddings:
+        bound = cfg.width**-0.5
+        column = rng.uniform(-bound, bound, (cfg.width, 1)).astype(dtype)
+        head = [params["lm_head"]["kernel"], column, np.zeros_like(column)]
+        params["lm_head"]["kernel"] = np.concatenate(head, axis=1)
+    return params
