@@ -123,6 +123,7 @@ def test_records():
     tagger = Dictionary(dog="NN")
     assert labels.of_record({"labels": [" Red fox ", ""]}, tagger) == ["Red fox"]
     assert labels.of_record({"labels": (), "txt": "a dog"}, tagger) == []  # ready labels win
+    assert labels.of_record({"class_names": "tench, Tinca tinca"}) == ["tench", "tinca tinca"]
     assert labels.of_record({"txt": "a dog"}, tagger) == ["dog"]
     assert labels.of_record({"captions": ["dog", "dog"]}, tagger) == ["dog", "dog"]
     with pytest.raises(records.DataError, match="keys jpg has no text"):

@@ -9,6 +9,8 @@ everywhere, units in the names:
     id        str                  names the record in messages; unique in its data set
     label     int                  class index, -1 when there is none
     name      str                  class or photo name for people
+    labels    list[str]            what is in the picture, ready to use
+    captions  list[str]            sentences about the picture; `caption` or `txt` (str) is one
     split     str                  "train" or "heldout"
 """
 

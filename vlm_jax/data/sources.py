@@ -3,7 +3,7 @@
     type           fields                                   record
     array_record   path, decode="msgpack"|"raw"             the dict, or {"bytes": ...}
     jsonl          path                                     the object of the line
-    tar            path                                     one key per extension: {"jpg": bytes,
+    tar            path, members=()                         one key per extension: {"jpg": bytes,
                                                             "txt": str, "json": ..., "cls": int}
     tfds           name, split, data_dir, builder_kwargs    as TFDS decodes it; no TensorFlow
     memory         records                                  as given
@@ -217,10 +217,15 @@ class TarShards(_Files):
 
     Members are read in place and never extracted; anything but regular files (links, devices) is
     left out and listed in `skipped`.
+
+    Args:
+      path: see the module.
+      members: extensions that are read; () is all. The others are not touched.
     """
 
-    def __init__(self, path: str | os.PathLike | Sequence[str]):
+    def __init__(self, path: str | os.PathLike | Sequence[str], members: Sequence[str] = ()):
         super().__init__(path)
+        self._wanted = frozenset(members)
         self._groups: list[tuple[int, str, dict[str, tuple[int, int]]]] = []
         for number, file in enumerate(self.paths):
             index = sidecar.load("tar", sidecar.fingerprint([file]), lambda f=file: _scan_tar(f))
@@ -238,6 +243,8 @@ class TarShards(_Files):
         file, _, members = self._groups[index]
         record: records.Record = {"id": self.record_id(index)}
         for extension, (offset, size) in members.items():
+            if self._wanted and extension not in self._wanted:
+                continue
             content = self._read_at(file, offset, size)
             try:
                 record[extension] = _TAR_VALUES.get(extension, bytes)(content)

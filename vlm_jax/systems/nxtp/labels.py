@@ -96,7 +96,7 @@ def extract(
 
 
 def of_record(record: Mapping[str, Any], tagger: str | Tagger = "nltk") -> list[str]:
-    """The labels of a record: its `labels`, or the nouns of `caption`, `captions` or `txt`.
+    """The labels of a record: `labels`, `class_names`, or nouns of `caption`, `captions` or `txt`.
 
     Raises:
       BadRecordError: a value of another type, or a label with the delimiter in it.
@@ -104,11 +104,13 @@ def of_record(record: Mapping[str, Any], tagger: str | Tagger = "nltk") -> list[
     """
     if "labels" in record:
         return _ready(record["labels"])
+    if "class_names" in record:
+        return from_class_names(record["class_names"])
     key = next((key for key in ("caption", "captions", "txt") if key in record), None)
     if key is None:
         raise records.DataError(
             f"a record with the keys {', '.join(sorted(record))} has no text; one of labels, "
-            "caption, captions, txt is needed"
+            "class_names, caption, captions, txt is needed"
         )
     caption = record[key]
     if not isinstance(caption, str) and not _are_strings(caption):
