@@ -6,7 +6,6 @@ import pickle
 import pytest
 
 from vlm_jax.data import records, sources
-from vlm_jax.datasets import labelled_photos
 
 
 def classes(source):
