@@ -191,7 +191,10 @@ def _sentences(
 
     def encode(count: int) -> None:
         chosen, ready[:] = ready[:count], ready[count:]
-        ids = job.tokenizer.encode(np.stack([image01 for _, image01 in chosen]))
+        images01 = np.stack([image01 for _, image01 in chosen])
+        # The last batch of a shard is filled up: one program is compiled, not one for every size.
+        images01 = np.pad(images01, [(0, batch - len(chosen))] + [(0, 0)] * 3)
+        ids = job.tokenizer.encode(images01)[: len(chosen)]
         for (cell, _), row in zip(chosen, ids):
             cell.ids = row
         report.encoded(len(chosen))

@@ -192,7 +192,7 @@ def _preview(args: argparse.Namespace, paths: Sequence[str]) -> None:
 
     tokenizer = image_tokenizer.ImageTokenizer.load(
         args.tokenizer, side=args.side, codebook_size=args.codebook_size,
-        tokens_per_image=args.tokens_per_image,
+        tokens_per_image=args.tokens_per_image, max_batch=args.batch,
     )  # fmt: skip
     rows = token_preview.write(args.preview, paths, tokenizer, args.preview_rows)
     print(f"[tokenize] {rows} sentences: {args.preview}", file=sys.stderr)
