@@ -104,7 +104,7 @@ def paper_evals(lead, shots=5, rows=32):
         ),
         # Token files of videos, 16 frames a sentence.
         context=dict(
-            type="context_perplexity", tokens_per_image=256, lead_tokens=1, keep_lead=lead,
+            type="context_perplexity", tokens_per_image=256, lead_tokens=1,
             batch_size=rows, data=prompts(videos=dict(type="array_record", path="")),
         ),
         segmentation=few_shot("segmentation", "mask", masks),
@@ -163,7 +163,7 @@ def tiny():
         ),
         context=dict(
             type="context_perplexity", tokens_per_image=size, max_context=images - 1,
-            lead_tokens=1, keep_lead=True, batch_size=8,
+            lead_tokens=1, batch_size=8,
             data=dict(mixture=_sentences("heldout", dict(video=1.0)), packing="none"),
         ),
         colorization=dict(
