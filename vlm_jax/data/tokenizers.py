@@ -74,3 +74,20 @@ def from_json(path: str | os.PathLike):
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def from_sentencepiece(path: str | os.PathLike):
+    """The SentencePiece tokenizer of a `.model` file, as LLaMA 1 and 2 and T5 have.
+
+    Returns:
+      `sentencepiece.SentencePieceProcessor`. It adds no begin or end token of its own.
+
+    Raises:
+      DataError: no such file, or not one.
+      MissingExtraError: the `sentencepiece` package is missing.
+    """
+    library = records.require("sentencepiece", "text")
+    try:
+        return library.SentencePieceProcessor(model_proto=pathlib.Path(path).read_bytes())
+    except (OSError, RuntimeError) as error:
+        raise records.DataError(f"{path}: not a SentencePiece model: {error}") from error

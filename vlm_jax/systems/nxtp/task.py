@@ -1,0 +1,227 @@
+"""NXTP as a Task: next-token prediction of labels behind an image (arXiv 2312.02142).
+
+    image_u8 ─ normalise ─ vision ─ projection ─┐
+    tokens ─────────────── embed ───────────────┴─ decoder, masks.labels ─ logits ─ cross-entropy
+
+    predict["score"]      logp float32[B, T] of every target
+    predict["one_shot"]   ids int32[B, k, max_tokens], probs, lengths, ended: see decoding.one_shot;
+                          labels_u8 as it came
+
+Parameters are {vision, projection, decoder}. What is trained is the recipe's business:
+`weights.nxtp.trained` is the reference's choice. Blocks that are not trained lie before all that
+are, so their backward pass does not exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax import config as config_lib
+from vlm_jax.decoding import one_shot
+from vlm_jax.models import clip, llama
+from vlm_jax.nn import functional
+from vlm_jax.ops import losses, masks
+from vlm_jax.systems.nxtp import network as network_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class NxtpTask:
+    """See the module.
+
+    Attributes:
+      cfg: of the network.
+      mask: who sees whom in training: "labels" (`masks.labels`), and for ablations "image_prefix"
+        (`masks.prefix`) and "causal".
+      positions: "absolute" counts through the row, "labels" starts every label at the same place.
+      loss_chunk: positions whose logits exist at once; 0 makes all logits.
+      k: labels of predict["one_shot"].
+      max_tokens: limit of a label, its delimiter included; upstream: max_update_iter - 1.
+      delimiter_id: of the tokenizer, 29892 in LLaMA's.
+      tokenizer: file that `labels` reads; the formatter's.
+    """
+
+    cfg: network_lib.NxtpConfig
+    mask: str = "labels"
+    positions: str = "absolute"
+    loss_chunk: int = 0
+    k: int = 10
+    max_tokens: int = 20
+    delimiter_id: int = 29892
+    tokenizer: str = ""
+
+    sharding_rules = network_lib.SHARDING_RULES
+
+    def __post_init__(self):
+        for name, known in (
+            ("mask", ("labels", "image_prefix", "causal")),
+            ("positions", ("absolute", "labels")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"task.{name}={getattr(self, name)!r} is none of {known}")
+        vocabulary = self.cfg.decoder.vocab_size - network_lib.NUM_ADDED
+        if not 0 <= self.delimiter_id < vocabulary:
+            raise ValueError(
+                f"task.delimiter_id={self.delimiter_id} is not in the vocabulary of {vocabulary}"
+            )
+        if not 1 <= self.k <= vocabulary:
+            raise ValueError(f"task.k={self.k} is not in 1 ... {vocabulary}, the vocabulary's size")
+        if self.max_tokens < 1:
+            raise ValueError(f"task.max_tokens={self.max_tokens} must be at least 1")
+
+    @functools.cached_property
+    def network(self) -> functional.Functional:
+        """The network behind its functional boundary."""
+        return network_lib.make(self.cfg)
+
+    @property
+    def predict(self) -> Mapping[str, Any]:
+        """Named predictors; see the module."""
+        return {"score": self._score, "one_shot": self._one_shot}
+
+    def init(self, rng: jax.Array) -> functional.Params:
+        """Random parameters."""
+        return self.network.init(rng)
+
+    def loss(self, params, batch, rng):
+        """(loss, metrics) of a batch; see the table in `format.py`. Mean over all its targets."""
+        del rng
+        module = self.network.bind(params)
+        hidden_btd = self.hidden(module, batch)
+        targets, weights = batch["targets"], batch["weights"]
+        if self.loss_chunk:
+            head = module.decoder.head_matrix()
+            loss, metrics = losses.chunked_cross_entropy(
+                hidden_btd, head, targets, weights, chunk=self.loss_chunk
+            )
+        else:
+            logits_btv = module.decoder.logits(hidden_btd)
+            loss, metrics = losses.cross_entropy(logits_btv, targets, weights)
+        return loss, {"accuracy": metrics["accuracy"], "scored_tokens": metrics["tokens"]}
+
+    def hidden(self, module, batch):
+        """Outputs of the decoder at the text's places, hidden_btd."""
+        tokens, segments = batch["tokens"], batch["segments"]
+        num_image = self.cfg.num_image
+        x_bsd = module.inputs(clip.normalize(batch["image_u8"]), tokens)
+        # The image belongs to the prompt, which all labels see.
+        segments_bs = jnp.pad(segments, ((0, 0), (num_image, 0)), constant_values=1)
+        num_tokens = x_bsd.shape[1]
+        mask_bts = {
+            "labels": lambda: masks.labels(segments_bs, num_image),
+            "image_prefix": lambda: masks.prefix(num_tokens, num_image)[None],
+            "causal": lambda: masks.causal(num_tokens)[None],
+        }[self.mask]()
+        text_bt = batch["label_positions"]
+        if self.positions == "absolute":
+            text_bt = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        image_bt = jnp.broadcast_to(jnp.arange(num_image), (tokens.shape[0], num_image))
+        positions_bt = jnp.concatenate([image_bt, text_bt + num_image], axis=1)
+        hidden_bsd, _ = module.decoder.transform(
+            x_bsd, positions_bt=positions_bt, mask_bts=mask_bts
+        )
+        return hidden_bsd[:, num_image:]
+
+    def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Raises ConfigError when a batch cannot be learned from by this model."""
+        side, (_, height, width, _) = self.cfg.vision.image_size, batch["image_u8"].shape
+        if (height, width) != (side, side):
+            raise config_lib.ConfigError(
+                f"pictures of {height}x{width} for a tower of {side}; set formatter.image_size"
+            )
+        length = batch["tokens"].shape[1] + self.cfg.num_image
+        if length > self.cfg.decoder.max_tokens:
+            raise config_lib.ConfigError(
+                f"{self.cfg.num_image} places of the image and {batch['tokens'].shape[1]} of the "
+                f"text are more than model.decoder.max_tokens={self.cfg.decoder.max_tokens}; lower "
+                "formatter.max_tokens"
+            )
+        largest = int(batch["tokens"].max())
+        if largest >= self.cfg.decoder.vocab_size:
+            raise config_lib.ConfigError(
+                f"token id {largest} for a decoder of {self.cfg.decoder.vocab_size} ids (the two "
+                "added ones counted): formatter.tokenizer is another model's"
+            )
+        if not np.any(batch["weights"]):
+            raise config_lib.ConfigError("no token of the first batch carries loss; check the data")
+        segments, tokens = batch["segments"], batch["tokens"]
+        # Where one label follows another, the first ended in a delimiter.
+        ends = (segments[:, :-1] > 1) & (segments[:, 1:] == segments[:, :-1] + 1)
+        wrong = set(np.unique(tokens[:, :-1][ends]).tolist()) - {self.delimiter_id}
+        if wrong:
+            raise config_lib.ConfigError(
+                f"labels end in id {sorted(wrong)}, but task.delimiter_id={self.delimiter_id}; "
+                "take that of formatter.tokenizer"
+            )
+
+    def units_per_step(self, batch) -> tuple[str, float]:
+        """Images per update."""
+        return "images", float(batch["tokens"].shape[0])
+
+    def flops_per_step(self, batch) -> float:
+        """Model FLOPs of one update, as if everything were trained."""
+        rows, length = batch["tokens"].shape
+        length += self.cfg.num_image
+        decoder = llama.flops_per_token(self.cfg.decoder, length, causal_half=False)
+        v = self.cfg.vision
+        per_block = 4 * v.width**2 + 2 * v.width * v.hidden
+        tower = v.depth * (6.0 * per_block + 12 * v.width * (v.num_patches + 1))
+        return rows * (length * decoder + (v.num_patches + 1) * tower)
+
+    def _score(self, params, batch, rng):
+        del rng
+        module = self.network.bind(params)
+        logits_btv = module.decoder.logits(self.hidden(module, batch))
+        return {"logp": losses.token_logp(logits_btv, batch["targets"])}
+
+    def _one_shot(self, params, batch, rng):
+        del rng
+        module = self.network.bind(params)
+        x_bsd = module.inputs(clip.normalize(batch["image_u8"]), batch["prompt"])
+        decode_params, decode_cfg = llama.decode_form(params["decoder"], self.cfg.decoder)
+        found = one_shot.decode(
+            network_lib.make_decoder(decode_cfg).bind(decode_params),
+            x_bsd.astype(decode_cfg.dtype),
+            k=self.k,
+            max_tokens=self.max_tokens,
+            delimiter_id=self.delimiter_id,
+            prefix_block=self.cfg.num_image,
+        )
+        return {
+            "ids": found.ids_bkt,
+            "probs": found.probs_bkt,
+            "lengths": found.lengths_bk,
+            "ended": found.ended_bk,
+            "labels_u8": batch["labels_u8"],
+        }
+
+
+def make_task(model: Mapping[str, Any], **task: Any) -> NxtpTask:
+    """The task from `config.model`, {vision, decoder}, each a preset and fields, and `config.task`.
+
+    Raises:
+      ConfigError: unknown preset, unknown keys, sizes that do not fit each other.
+    """
+    halves = config_lib.plain(model)
+    if unknown := sorted(set(halves) - {"vision", "decoder"}):
+        raise config_lib.ConfigError(
+            f"unknown key model.{unknown[0]}; the parts are model.vision and model.decoder"
+        )
+    parts = {}
+    for name, cls, presets in (
+        ("vision", clip.VisionConfig, network_lib.VISIONS),
+        ("decoder", llama.LlamaConfig, network_lib.DECODERS),
+    ):
+        try:
+            parts[name] = config_lib.model_section(cls, presets, halves.get(name, {}))
+        except config_lib.ConfigError as error:
+            message = str(error).replace("model.", f"model.{name}.")
+            raise config_lib.ConfigError(message) from error
+    cfg = network_lib.NxtpConfig(**parts)
+    return config_lib.section(NxtpTask, {"cfg": cfg, **task}, "task")
