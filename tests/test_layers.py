@@ -39,6 +39,7 @@ PROGRAM = {
     "curves",
     "starting_point",
     "stop_signal",
+    "guards",
     "distributed",
 }
 # The front doors that users call may reach everything.

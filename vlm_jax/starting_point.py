@@ -1,4 +1,7 @@
-"""Where training starts: random parameters, another run's, or released weights, in that order."""
+"""Where training starts: random parameters, then what is laid over them.
+
+In this order: the task's own pretrained parts, another run's parameters, released weights.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def lay_weights(init: Any, task: Any, params: Any, load_upstream: Callable | Non
     Args:
       init: `checkpoints.InitConfig`: `run` (a work directory of ours) is laid first, then
         `upstream` (released weights); `random` is a regex of what may stay random.
-      task: of the system.
+      task: of the system; its `pretrained()` parameters, if it has any, are laid before both.
       params: placed random parameters.
       load_upstream: the system's reader of released weights, or None.
 
@@ -30,6 +33,8 @@ def lay_weights(init: Any, task: Any, params: Any, load_upstream: Callable | Non
         having been named.
     """
     layers = []
+    if pretrained := getattr(task, "pretrained", dict)():
+        layers.append(("the task's pretrained part", pretrained))
     if init.run:
         layers.append((f"init.run={init.run}", checkpoints.load_params(init.run)))
     if init.upstream:
@@ -57,7 +62,7 @@ def lay_weights(init: Any, task: Any, params: Any, load_upstream: Callable | Non
             filled.add(path)
     random = [path for path in flat if path not in filled]
     surprising = [path for path in random if not (init.random and re.search(init.random, path))]
-    if surprising:
+    if surprising and (init.run or init.upstream):
         raise config_lib.ConfigError(
             f"{len(surprising)} parameters would stay random: {', '.join(surprising[:8])}; "
             f"name them in init.random if that is meant"

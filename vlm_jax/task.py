@@ -54,6 +54,25 @@ class OptionalTask(Protocol):
     def check_batch(self, batch: Mapping[str, Any]) -> None:
         """Raises ValueError when a host batch does not fit the model; called on the first one."""
 
+    def pretrained(self) -> Params:
+        """Part of the parameters, read from disk: frozen networks that the loss needs.
+
+        Laid over the random ones of a fresh run, before `init.run` and `init.upstream`.
+        """
+
+    def loss_at(
+        self, params: Params, batch: Batch, rng: Key, *, step: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        """`loss` of one update (int32, from 0): for losses that change while training."""
+
+    def after_update(self, state: Mapping[str, Any], batch: Batch, rng: Key) -> Mapping[str, Any]:
+        """What gradients cannot do, for example reviving codes: the state after an update.
+
+        Called at the end of every jitted update with the new state (`step`, `params`, `opt_state`,
+        and `ema` where there is one; the last two are flat, path -> array) and the whole batch.
+        Must keep shapes, dtypes and all other entries, and depend on its arguments alone.
+        """
+
     def flops_per_step(self, batch: Mapping[str, Any]) -> float:
         """Model FLOPs of one update on this global batch of shapes (causal half counted)."""
 

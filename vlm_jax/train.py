@@ -25,6 +25,7 @@ import optax
 from vlm_jax import (
     checkpoints,
     curves,
+    guards,
     hardware,
     metric_writer,
     optim,
@@ -53,6 +54,7 @@ class TrainConfig:
       keep_last: checkpoints kept besides the milestones (every `milestone_every` updates).
       tensorboard: write event files (when tensorboardX is installed).
       wandb: project name for Weights & Biases; "" is off.
+      guards: limits on metrics that stop the run, by name; see `guards.py`.
     """
 
     steps: int
@@ -65,21 +67,25 @@ class TrainConfig:
     milestone_every: int = 0
     tensorboard: bool = True
     wandb: str = ""
+    guards: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        guards.make(self.guards)
         for name in ("steps", "batch_size", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 class TrainingStopped(RuntimeError):
-    """The loss is not finite. The message names the step, the records and the saved batch."""
+    """The loss is not finite, or a guard tripped. The message has the step, the cause, a remedy."""
 
 
 def make_train_step(task: Any, optimizer: optax.GradientTransformation, recipe: Any) -> Callable:
     """(state, batch, rng) -> (state, metrics). Metrics are of the parameters before the update."""
     settings = recipe.optim
     schedule = optim.make_schedule(settings, recipe.train.steps)
+    loss_at = getattr(task, "loss_at", lambda *args, step: task.loss(*args))
+    after_update = getattr(task, "after_update", None)
 
     def train_step(state, batch, rng):
         learned, frozen = optim.split(state["params"], settings.trainable)
@@ -88,7 +94,8 @@ def make_train_step(task: Any, optimizer: optax.GradientTransformation, recipe: 
         def loss_and_grad(piece, index):
             def loss_fn(learned):
                 params = optim.merge(learned, frozen)
-                return task.loss(params, piece, jax.random.fold_in(rng, index))
+                key = jax.random.fold_in(rng, index)
+                return loss_at(params, piece, key, step=state["step"])
 
             (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(learned)
             return grads, {"loss": loss, **metrics}
@@ -103,6 +110,8 @@ def make_train_step(task: Any, optimizer: optax.GradientTransformation, recipe: 
         }
         if settings.ema:
             new["ema"] = optax.incremental_update(learned, state["ema"], 1 - settings.ema)
+        if after_update:
+            new = after_update(new, batch, jax.random.fold_in(rng, recipe.train.accumulate))
         metrics["optim/grad_norm"] = optax.tree.norm(grads)
         metrics["optim/param_norm"] = optax.tree.norm(learned)
         metrics["optim/lr"] = schedule(state["step"])
@@ -156,10 +165,11 @@ def fit(
       step_fn: builds the update; see `make_train_step`.
 
     Raises:
-      TrainingStopped: the loss is NaN or infinite.
+      TrainingStopped: the loss is NaN or infinite, or a guard tripped.
       ConfigError, CheckpointError, DataError: see their modules.
     """
     config = recipe.train
+    watch = guards.make(config.guards)
     evaluations = evaluate_lib.make(recipe.evals)
     optimizer = optim.make_optimizer(recipe.optim, config.steps)
     rng = jax.random.key(config.seed)
@@ -258,6 +268,11 @@ def fit(
             values = {key: float(x) for key, x in jax.device_get(metrics).items()}
             if not math.isfinite(values["loss"]):
                 raise TrainingStopped(_explain_nonfinite(workdir, step, values, batch, rows))
+            for problem in filter(None, [guard.check(step, values) for guard in watch]):
+                raise TrainingStopped(
+                    f"{problem.rstrip('.')}. Checkpoints of earlier steps are in {workdir}; after "
+                    f"changing the recipe the same command continues from the newest"
+                )
             if step == start + 1:
                 bar.restart(step)  # until here it was compiled
             if step % config.log_every == 0 or step == config.steps:
@@ -268,6 +283,10 @@ def fit(
 
         if owes_evaluation:  # the run was asked to stop at a step that is evaluated
             evaluate(start)
+        if watch:
+            placed = sharding.place_batch(mesh, first.arrays, rows, config.batch_size)
+            with partition.use_mesh(mesh):
+                guards.check_metrics(watch, update.eval_shape(state, placed, step_rng)[1])
         if start >= config.steps:
             _say(f"step {start} of {config.steps} was already reached; nothing is left to train")
         pending, step = None, start

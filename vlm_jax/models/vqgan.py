@@ -138,6 +138,10 @@ SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
+# Subtrees of the tokenizer; training may keep others beside them (discriminator, VGG16).
+PARTS = ("encoder", "quant_conv", "quantize", "post_quant_conv", "decoder")
+
+
 class StraightThrough(NamedTuple):
     """What the quantizer gives to training.
 
@@ -198,8 +202,17 @@ class Vqgan(nnx.Module):
 
     def decode_latents(self, codes_byxc):
         """float[B, h, w, C] -> image01 float32[B, f*h, f*w, 3], not clamped."""
-        x_byxc = self.post_quant_conv(codes_byxc.astype(self.cfg.dtype))
-        return self.decoder(x_byxc).astype(jnp.float32)
+        return self.last_conv(self.decode_features(codes_byxc))
+
+    def decode_features(self, codes_byxc):
+        """float[B, h, w, C] -> what the decoder's last convolution reads, [B, f*h, f*w, width]."""
+        return self.decoder.features(self.post_quant_conv(codes_byxc.astype(self.cfg.dtype)))
+
+    def last_conv(self, features_byxc, kernel=None):
+        """`decode_features` -> image01 float32, not clamped; `kernel` stands in for its own."""
+        layer = self.decoder.conv_out
+        kernel = layer.kernel[...] if kernel is None else kernel
+        return conv.conv2d(features_byxc, kernel, layer.bias[...]).astype(jnp.float32)
 
     def decode(self, ids_bt):
         """int32[B, t] -> image01 float32[B, f*sqrt(t), f*sqrt(t), 3], not clamped."""
@@ -377,10 +390,14 @@ class Decoder(nnx.Module):
 
     def __call__(self, x_byxc):
         """float[B, h, w, z_channels] -> float[B, f*h, f*w, 3]."""
+        return self.conv_out(self.features(x_byxc))
+
+    def features(self, x_byxc):
+        """float[B, h, w, z_channels] -> float[B, f*h, f*w, width of level 0]."""
         h_byxc = self.mid(self.conv_in(x_byxc))
         for level in reversed(self.up):
             h_byxc = level(h_byxc)
-        return self.conv_out(jax.nn.silu(self.norm_out(h_byxc)))
+        return jax.nn.silu(self.norm_out(h_byxc))
 
 
 class Level(nnx.Module):
@@ -506,6 +523,11 @@ class Upsample(nnx.Module):
 def make(cfg: VqganConfig) -> functional.Functional:
     """The network behind the functional boundary: `.init(rng)`, `.abstract()`, `.bind(params)`."""
     return functional.Functional(lambda rngs: Vqgan(cfg, rngs))
+
+
+def tokenizer_part(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the tokenizer alone, out of those of a training run."""
+    return {name: params[name] for name in PARTS}
 
 
 def num_params(cfg: VqganConfig) -> dict[str, int]:

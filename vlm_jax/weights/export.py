@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.models import vqgan
 from vlm_jax.weights import convert, readers
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -73,6 +74,8 @@ def hf(network, params: Mapping[str, Any], cfg, dtype="float32", **ids: int) -> 
 
 def native(system: str, params: Mapping[str, Any], cfg, dtype="float32") -> Checkpoint:
     """Our own tree: safetensors with '/'-joined paths, config.json {"system", "model"}."""
+    if system == "vqgan":  # a run may hold a discriminator and more besides
+        params = vqgan.tokenizer_part(params)
     config = {"system": system, "model": dataclasses.asdict(cfg)}
     tensors = convert.revert(params, convert.NATIVE_RULES)
     shapes = convert.reverted_shapes(params, convert.NATIVE_RULES)

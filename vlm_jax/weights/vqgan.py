@@ -87,6 +87,11 @@ def ignorable(cfg: vqgan.VqganConfig) -> tuple[str, ...]:
 SHIPPED = {"tiny": "assets/vqgan_tiny"}
 
 
+def folder_of(path: str | os.PathLike) -> str | os.PathLike:
+    """The folder of a shipped tokenizer; other paths stay."""
+    return str(importlib.resources.files("vlm_jax") / SHIPPED[path]) if path in SHIPPED else path
+
+
 def load(
     path: str | os.PathLike, cfg: vqgan.VqganConfig | None = None, shardings=None
 ) -> tuple[vqgan.VqganConfig, dict[str, Any]]:
@@ -100,8 +105,7 @@ def load(
     Returns:
       (config, parameters).
     """
-    if path in SHIPPED:
-        path = str(importlib.resources.files("vlm_jax") / SHIPPED[path])
+    path = folder_of(path)
     tensors = readers.read(path)
     cfg = cfg or config_of(tensors, path)
     return cfg, from_tensors(tensors, cfg, shardings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_jax import image_tokenizer
+from vlm_jax.models import vqgan
 from vlm_jax.systems.vqgan.task import VqganTask
 from vlm_jax.weights import errors, readers
 from vlm_jax.weights import vqgan as vqgan_weights
@@ -13,7 +14,7 @@ from vlm_jax.weights import vqgan as vqgan_weights
 def from_run(task: VqganTask, formatter: Any, params: Any) -> image_tokenizer.ImageTokenizer:
     """The tokenizer of a run of ours."""
     del formatter
-    return image_tokenizer.ImageTokenizer(task.cfg, params)
+    return image_tokenizer.ImageTokenizer(task.cfg, vqgan.tokenizer_part(params))
 
 
 def from_upstream(checkpoint: str) -> image_tokenizer.ImageTokenizer:
@@ -22,11 +23,15 @@ def from_upstream(checkpoint: str) -> image_tokenizer.ImageTokenizer:
 
 
 def load_upstream(path: str, task: VqganTask) -> Any:
-    """Released weights as parameters of this task; see `weights.vqgan.load`.
+    """Released weights, or "tiny" (shipped), as the tokenizer of this task.
+
+    See `weights.vqgan.load`. Discriminator and usage of codes are not among them: name them in
+    `init.random`.
 
     Raises:
       WeightsError: the codebook there has another size than the model here.
     """
+    path = vqgan_weights.folder_of(path)
     tensors = readers.read(path)
     try:
         found = vqgan_weights.config_of(tensors, path)
