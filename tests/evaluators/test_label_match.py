@@ -1,0 +1,171 @@
+"""The label evaluator with a task whose answers are known."""
+
+import collections
+import json
+
+import numpy as np
+import pytest
+
+from vlm_jax import config as config_lib
+from vlm_jax import evaluate, text_embedder
+from vlm_jax.data import images
+from vlm_jax.evaluators import label_match
+
+WORDS = {"dog": 0, "puppy": 30, "cat": 60, "car": 90, "sky": 90, "": 180}  # degrees
+COS30 = np.cos(np.pi / 6)
+
+
+class Task:
+    """Outputs hold the rows of `answers`, a list of (label, score) in the order of first tokens."""
+
+    def __init__(self, answers, references):
+        self._answers, self._references = answers, references
+
+    def labels(self, outputs, batch, *, k=None):
+        rows = []
+        for i in outputs["rows"]:
+            if k > len(self._answers[i]):
+                raise ValueError(f"k={k} of {len(self._answers[i])}")
+            first = sorted(self._answers[i][:k], key=lambda pair: -pair[1])
+            rows.append(tuple(map(list, zip(*first, strict=True))))
+        return rows
+
+    def references(self, batch):
+        return [self._references[i] for i in batch["rows"]]
+
+    def photos(self, batch):
+        return batch["photos_u8"]
+
+
+def batch_of(*rows, valid=None):
+    greys = np.array([10 * row for row in rows], np.uint8)
+    return {
+        "rows": np.array(rows),
+        "photos_u8": np.broadcast_to(greys[:, None, None, None], (len(rows), 20, 20, 3)),
+        "valid": np.ones(len(rows), bool) if valid is None else np.array(valid),
+        "record_ids": [[f"photo{row}"] for row in rows],
+    }
+
+
+@pytest.fixture(autouse=True)
+def embedder(monkeypatch):
+    def embed(words):
+        angles = np.deg2rad([WORDS[word] for word in words])
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+    monkeypatch.setattr(text_embedder, "load", lambda name: embed)
+
+
+def run(evaluator, task, batches, out_dir=None, train=()):
+    return evaluator.run(
+        task=task,
+        predict=lambda batch: {"rows": batch["rows"]},
+        batches=iter(batches),
+        read=lambda fields: iter(train),
+        out_dir=out_dir,
+    )
+
+
+# Image 0: first tokens say "car", full probabilities "dog".
+ANSWERS = [[("car", 0.2), ("dog", 0.5)], [("sky", 0.9), ("cat", 0.1)], [("dog", 0.5), ("car", 0.4)]]
+REFERENCES = [["puppy"], ["sky"], []]
+
+
+def evaluator(**fields):
+    return label_match.Evaluator(k=2, ks=(1,), photos=2, **fields)
+
+
+def test_numbers_by_hand():
+    batches = [batch_of(0, 1), batch_of(2, 2, valid=[True, False])]
+    results = run(evaluator(), Task(ANSWERS, REFERENCES), batches)
+    # recall: cos 30 (puppy, dog), 1 (sky), -cos 90... the empty reference against dog, car: 0.
+    assert results["recall"] == pytest.approx((COS30 + 1 + 0) / 3)
+    # precision: (car-puppy cos 60 + dog-puppy cos 30) / 2; (1 + cos 30) / 2; (-1 + 0) / 2
+    wanted = ((0.5 + COS30) / 2 + (1 + COS30) / 2 - 0.5) / 3
+    assert results["precision"] == pytest.approx(wanted)
+    assert results["images"] == 3 and results["labels"] == 2 and results["without_reference"] == 1
+
+
+def test_fewer_labels_are_the_first_ones(tmp_path):
+    run(evaluator(), Task(ANSWERS, REFERENCES), [batch_of(0)], tmp_path)
+    curves = json.loads((tmp_path / "curves.json").read_text())
+    points = curves["k"][""]
+    assert [point["k"] for point in points] == [1, 2]
+    assert points[0]["recall"] == pytest.approx(0.5)  # "car", chosen first though ranked second
+    assert points[1]["recall"] == pytest.approx(COS30)
+    by_threshold = {p["threshold"]: p["recall"] for p in curves["threshold"][""]}
+    assert by_threshold == {
+        0.0: pytest.approx(COS30), 0.3: pytest.approx(COS30), 0.5: pytest.approx(COS30), 1.0: 0
+    }  # fmt: skip
+
+
+def test_files(tmp_path, capsys):
+    run(evaluator(published="coco"), Task(ANSWERS, REFERENCES), [batch_of(0, 1)], tmp_path)
+    lines = [json.loads(x) for x in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["photo0", "photo1"]
+    assert lines[0]["labels"] == [["dog", 0.5], ["car", 0.2]]
+    assert lines[0]["references"] == ["puppy"]
+    assert lines[0]["recall"] == pytest.approx(COS30, abs=1e-6)
+    picture = images.decode((tmp_path / "labels.png").read_bytes())
+    assert picture.shape[0] > 192 and picture.shape[1] > 2 * 192
+    assert images.decode((tmp_path / "curves.png").read_bytes()).ndim == 3
+    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+
+
+def test_table_beside_the_paper():
+    found = label_match.Evaluator(published="coco").table(
+        dict(recall=0.5, precision=0.25, f1=1 / 3, images=7, frequent_recall=0.1,
+             frequent_precision=0.1, frequent_f1=0.1)
+    )  # fmt: skip
+    lines = found.splitlines()
+    assert lines[0] == "Top 10 on coco, 7 images, embedding minilm"
+    assert lines[4] == "| **this run** | measured | | 0.500 | 0.250 | 0.333 |"
+    assert lines[5] == "| most frequent labels | measured | | 0.100 | 0.100 | 0.100 |"
+    assert "| NXTP, G70M | paper, table 1 | 1.78 | 0.765 | 0.757 | 0.758 |" in lines
+    assert "| NXTP, G3M checkpoint | released | 1.78 | 0.703 | 0.719 | 0.709 |" in lines
+    assert len(lines) == 4 + 2 + 14
+    clip = label_match.Evaluator(published="openimages", embedder="clip:somewhere")
+    rows = clip.table(dict(recall=0, precision=0, f1=0, images=1)).splitlines()
+    assert rows[5:] == ["| NXTP, G70M | paper, table A.8 | 1.78 | 0.881 | 0.838 | 0.858 |"]
+
+
+def test_baselines():
+    # Training photos: 3 is grey 30 with "dog", 4 is grey 40 with "car" and "sky", 5 with "car".
+    references = [["sky"], [], [], ["dog"], ["car", "sky"], ["car"]]
+    answers = [[("dog", 0.5), ("car", 0.4)]] * 6
+    train = [batch_of(3, 4), batch_of(5, 3, valid=[True, False])]
+    results = run(
+        evaluator(baseline={"mixture": {}}), Task(answers, references), [batch_of(0)], train=train
+    )
+    # frequent: car (2), then dog before sky as it came first; sky at 90 degrees is car's direction
+    assert results["frequent_recall"] == pytest.approx(1)
+    assert results["frequent_precision"] == pytest.approx((1 + 0) / 2)
+    # nearest to grey 0 is 3 (dog), then 4 (car)
+    assert results["nearest_precision"] == pytest.approx((0 + 1) / 2)
+
+
+def test_nearest_takes_distinct_labels():
+    photos = np.array([0, 20, 200], np.uint8)[:, None, None, None] * np.ones((16, 16, 3), np.uint8)
+    small = np.stack([label_match._shrink(photo) for photo in photos])
+    known = label_match._Known([["a"], ["a", "b"], ["c"]], small, collections.Counter("aab"))
+    assert known.guess(photos[2:], 2)["nearest"] == [["c", "a"]]
+    assert known.guess(photos[:1], 9)["nearest"] == [["a", "b", "c"]]
+    assert known.guess(photos, 1)["frequent"] == [["a"]] * 3
+
+
+def test_bad_fields():
+    with pytest.raises(ValueError, match="at least 1"):
+        label_match.Evaluator(ks=(0, 5))
+    with pytest.raises(ValueError, match="no published scores of 'lvis'; known: cc3m"):
+        label_match.Evaluator(published="lvis")
+    with pytest.raises(ValueError, match="no readable record"):
+        run(evaluator(), Task(ANSWERS, REFERENCES), [batch_of(0, valid=[False])])
+    with pytest.raises(ValueError, match="k=3 of 2"):
+        run(label_match.Evaluator(k=3), Task(ANSWERS, REFERENCES), [batch_of(0)])
+
+
+def test_a_task_without_labels_is_refused_before_training():
+    evals = {"x": dict(type="label_match", data=dict(mixture=dict(a=dict(type="memory"))))}
+    (evaluation,) = evaluate.make(evals)
+    with pytest.raises(config_lib.ConfigError, match="needs a task with 'labels'"):
+        evaluate.check(evaluation, object(), {}, {})
