@@ -19,8 +19,8 @@ Written to the folder of the evaluation:
 Baselines, from the training data that `baseline` names:
 
     frequent   the k most frequent labels, the same for every image
-    nearest    the labels of the most similar training photos, by squared difference of 16x16 pixels,
-               nearest first, until there are k
+    nearest    the labels of the most similar training photos, by the squared difference of 16x16
+               pixels, nearest first, until there are k
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class Evaluator:
 
 @dataclasses.dataclass
 class _Seen:
-    """Of one pass: predictions[method][k] per image, "" being the model, and what belongs to them."""
+    """One pass: predictions[method][k] per image, "" being the model, and what belongs to it."""
 
     predictions: dict[str, dict[int, list[list[str]]]]
     ranked: list[list[tuple[str, float]]] = dataclasses.field(default_factory=list)
