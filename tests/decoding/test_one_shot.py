@@ -240,14 +240,16 @@ def test_scripted_logits():
     io, _ = golden()
     first, rest = io["unit_oneshot_logits_step0"], io["unit_oneshot_logits_rest"]
     k = rest.shape[1] // len(first)
+    limit = dict(k=k, max_tokens=len(rest) + 1, delimiter_id=DELIMITER)
     network = Scripted(jnp.asarray(first), jnp.asarray(rest), k)
-    prefix = jnp.zeros((len(first), 1, 1))
-    run = functools.partial(one_shot.decode, network, prefix, k=k, delimiter_id=DELIMITER)
-    raw = run(max_tokens=len(rest) + 1, stop=False)
+    run = lambda **stop: one_shot.compile(lambda _: network, **limit, **stop)(  # noqa: E731
+        None, jnp.zeros((len(first), 1, 1))
+    )
+    raw = run(stop=False)
     prompt = io["unit_oneshot_prompt"].shape[1]
     tokens = io["unit_oneshot_tokens_raw"].reshape(len(first), k, -1)[..., prompt:]
     np.testing.assert_array_equal(raw.ids_bkt[..., : tokens.shape[2]], tokens)
-    found = run(max_tokens=len(rest) + 1)
+    found = run()
     for i in range(len(first)):
         inside = np.arange(found.ids_bkt.shape[2]) < found.lengths_bk[i][:, None]
         np.testing.assert_array_equal(found.ids_bkt[i][inside], io[f"unit_oneshot_flat_tokens_{i}"])

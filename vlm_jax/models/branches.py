@@ -26,8 +26,7 @@ class Branches:
 
     Attributes:
       prefix: the cache of the prefix, B rows; read only.
-      own: its `layers`' tree with leaves [(L,) T, B, R, K, H]: the slot comes first, so that a step
-        writes one contiguous piece.
+      own: its `layers`' tree with leaves [(L,) B, R, K, T, H].
       index: int32, the next free slot of `own`.
     """
 
@@ -37,11 +36,11 @@ class Branches:
 
     def select(self, index_bw: jax.Array) -> Branches:
         """The branches with these numbers; W may be smaller than R."""
-        index = index_bw[..., None, None]  # axes B, R, K, H
 
         def take(x):
-            leading = (1,) * (x.ndim - index.ndim)
-            return jnp.take_along_axis(x, index.reshape(*leading, *index.shape), axis=-3)
+            leading = (1,) * (x.ndim - 5)
+            index = index_bw.reshape(*leading, *index_bw.shape, 1, 1, 1)
+            return jnp.take_along_axis(x, index, axis=-4)
 
         return dataclasses.replace(self, own=jax.tree.map(take, self.own))
 
@@ -56,12 +55,12 @@ def fork(prefix: Any, num_branches: int, num_slots: int) -> Branches:
 
     def empty(x):
         *stack, z, _, h = x.shape
-        return jnp.zeros((*stack, num_slots, b, num_branches, z // b, h), x.dtype)
+        return jnp.zeros((*stack, b, num_branches, z // b, num_slots, h), x.dtype)
 
     return Branches(prefix, jax.tree.map(empty, prefix.layers), jnp.zeros((), jnp.int32))
 
 
-def write(own_tbrkh: jax.Array, new_brkh: jax.Array, index: jax.Array) -> jax.Array:
+def write(own_brkth: jax.Array, new_brkh: jax.Array, index: jax.Array) -> jax.Array:
     """Puts one new key or value of every branch into slot `index`."""
-    new = new_brkh[None].astype(own_tbrkh.dtype)
-    return jax.lax.dynamic_update_slice(own_tbrkh, new, (index, 0, 0, 0, 0))
+    new = new_brkh[:, :, :, None].astype(own_brkth.dtype)
+    return jax.lax.dynamic_update_slice(own_brkth, new, (0, 0, 0, index, 0))

@@ -245,8 +245,8 @@ def attend_branches(
     q_brnh,
     prefix_k_bskh,
     prefix_v_bskh,
-    own_k_tbrkh,
-    own_v_tbrkh,
+    own_k_brkth,
+    own_v_brkth,
     length,
     *,
     prefix_valid_bs=None,
@@ -260,7 +260,7 @@ def attend_branches(
     Args:
       q_brnh: queries, rotated, not yet scaled.
       prefix_k_bskh, prefix_v_bskh: the shared keys and values.
-      own_k_tbrkh, own_v_tbrkh: each branch's own, slots first (models.branches).
+      own_k_brkth, own_v_brkth: each branch's own; axis t is slots.
       length: int32, slots in use; at least 1.
       prefix_valid_bs: bool, prefix keys that are real.
       scale: as in `attend`.
@@ -286,18 +286,21 @@ def attend_branches(
     branch = lambda x: x.reshape(b, k, r, g, *x.shape[2:]).swapaxes(1, 2)  # noqa: E731
     o_brkgh, top_brkg, mass_brkg = map(branch, (o_zqh, top_zq, weights_zqs.sum(axis=-1)))
 
-    # A handful of keys per branch: sums of products, not matrix products.
+    # Products, however small: XLA's CPU backend does not vectorise sums of products over one axis.
+    f32 = dict(preferred_element_type=jnp.float32)
     q_brkgh = q_brnh.reshape(b, r, k, g, h)
-    scores_tbrkg = jnp.sum(q_brkgh * own_k_tbrkh[:, :, :, :, None], axis=-1, dtype=jnp.float32)
-    used_t = jnp.arange(len(own_k_tbrkh)) < length
-    scores_tbrkg = jnp.where(used_t[:, None, None, None, None], scores_tbrkg, _MASKED)
-    merged_brkg = jnp.maximum(top_brkg, scores_tbrkg.max(axis=0))
-    weights_tbrkg = jnp.exp(scores_tbrkg - merged_brkg)
+    scores_brkgt = jnp.einsum("brkgh,brkth->brkgt", q_brkgh, own_k_brkth, **f32)
+    used_t = jnp.arange(own_k_brkth.shape[3]) < length
+    scores_brkgt = jnp.where(used_t, scores_brkgt, _MASKED)
+    merged_brkg = jnp.maximum(top_brkg, scores_brkgt.max(axis=-1))
+    weights_brkgt = jnp.exp(scores_brkgt - merged_brkg[..., None])
+    own_brkgh = jnp.einsum(
+        "brkgt,brkth->brkgh", weights_brkgt.astype(own_v_brkth.dtype), own_v_brkth, **f32
+    )
     rescale_brkg = jnp.exp(top_brkg - merged_brkg)
-    own_brkgh = jnp.sum(weights_tbrkg[..., None] * own_v_tbrkh[:, :, :, :, None], axis=0)
-    o_brkgh = o_brkgh * rescale_brkg[..., None] + own_brkgh
-    o_brkgh /= (mass_brkg * rescale_brkg + weights_tbrkg.sum(axis=0))[..., None]
-    return o_brkgh.reshape(b, r, n, h).astype(own_v_tbrkh.dtype)
+    mass_brkg = mass_brkg * rescale_brkg + weights_brkgt.sum(axis=-1)
+    o_brkgh = (o_brkgh * rescale_brkg[..., None] + own_brkgh) / mass_brkg[..., None]
+    return o_brkgh.reshape(b, r, n, h).astype(own_v_brkth.dtype)
 
 
 def _part(x_bs, part):
