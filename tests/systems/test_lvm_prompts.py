@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.datasets import test_pascal5i as voc
 from vlm_jax import config as config_lib
 from vlm_jax import evaluate, image_tokenizer, predict, sharding
 from vlm_jax.data import images, records, sources
@@ -263,6 +264,53 @@ def test_colorization_of_pictures(evaluated, parts, golden):
     assert scores["copy_input_mse"] == pytest.approx(expected, rel=1e-5)
     assert scores["images"] == len(pictures)
     assert (folder / "few_shot.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["segmentation", "detection"])
+def test_pascal5i(evaluated, tmp_path, kind):
+    """From a folder as it is unpacked to scores, those of a baseline checked by hand."""
+    masks = voc.write_voc(tmp_path)
+    queries = dict(type="pascal5i", path=str(tmp_path), fold=1)
+    examples = {}
+    if kind == "detection":  # one image of the fold is left, which cannot be its own example
+        queries, examples = {**queries, "kind": "box"}, dict(examples=queries)
+    pairs = dict(type="few_shot", answer="mask", queries=queries, **examples)
+    scores, folder = evaluated(
+        type="few_shot", kind=kind, data=dict(mixture=dict(m=pairs)),
+        formatter=dict(images=3, lead=False),
+    )  # fmt: skip
+    lines = [json.loads(x) for x in (folder / "images.jsonl").read_text().splitlines()]
+    names = ["b/cat"] if kind == "detection" else ["a/cat", "b/cat", "d/cat"]
+    assert [line["id"] for line in lines] == names
+    assert {(line["label"], line["fold"]) for line in lines} == {(8, 1)}
+    assert all(0 <= line["iou"] <= 1 for line in lines)
+    # Resizing to the tokenizer's side moves borders a little.
+    cat = lines[names.index("b/cat")]
+    assert cat["all_foreground_iou"] == pytest.approx((masks["b"] == 8).mean(), abs=0.02)
+    assert scores["fold_1_iou"] == scores["miou"] == pytest.approx(scores["iou"])
+    assert ("box_iou" in scores) == (kind == "detection")
+
+
+@pytest.mark.slow
+def test_generation_from_a_batch_file(evaluated, golden, tmp_path):
+    """Lines of different lengths in one batch."""
+    write_pictures(golden, tmp_path)
+    lines = [
+        {"input": ["0.png", "1.png"], "output": "one.png", "target": ["2.png"]},
+        {"input": ["1.png"], "output": "sub/two.png", "target": ["2.png"]},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = dict(type="visual_prompts", path=str(tmp_path / "list.jsonl"), output=True)
+    scores, folder = evaluated(
+        type="generation", candidates=2, data=dict(mixture=dict(m=source)),
+        formatter=dict(images=3, lead=False),
+    )  # fmt: skip
+    assert scores["pictures"] == 2 and scores["mse_x3"] == pytest.approx(3 * scores["mse"])
+    for name in ("one.png", "sub/two.png"):
+        sheet = np.array(Image.open(folder / name))
+        assert sheet.shape == (64, 32, 3)
+        np.testing.assert_array_equal(sheet[:32], sheet[32:])  # greedy
 
 
 @pytest.mark.slow
