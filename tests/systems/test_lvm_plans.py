@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 
 import pytest
 
@@ -198,3 +199,8 @@ def test_another_file_is_another_digest(tmp_path):
     assert make("single", root).digest == before
     fill(tmp_path, "3.jpg")
     assert make("single", root).digest != before
+
+
+def test_the_readme_names_every_layout():
+    text = (pathlib.Path(plans.__file__).parent / "README.md").read_text()
+    assert all(f"| `{name}` |" in text for name in plans.LAYOUTS)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from vlm_jax import image_tokenizer
-from vlm_jax.data import images, sources
+from vlm_jax.data import images, sources, video
 from vlm_jax.datasets import visual_sentences
 from vlm_jax.systems.lvm import format as lvm_format
 from vlm_jax.tools import token_preview, tokenize_images
@@ -98,6 +98,52 @@ def test_colorization_tokenizes_unrounded_grey(tmp_path, photos, tokenizer):
         np.testing.assert_array_equal(rows[:, 1], ids[chosen])
     # Two epochs of twenty images are ten photos and ten greys.
     assert json.loads((out / "manifest.json").read_text())["counts"]["images"] == 20
+
+
+def test_videos_and_their_strides(tmp_path, tokenizer):
+    av = pytest.importorskip("av")
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name, count in (("a", 30), ("b", 12), ("short", 3)):
+        with av.open(str(clips / f"{name}.mp4"), "w") as container:
+            track = container.add_stream("mpeg4", rate=10)
+            track.width, track.height, track.pix_fmt, track.bit_rate = 48, 32, "yuv420p", 4_000_000
+            for number in range(count):
+                frame = np.zeros((32, 48, 3), np.uint8)
+                frame[:, : number + 8] = 255  # a wall moves in
+                container.mux(track.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(track.encode())
+    out = tmp_path / "out"
+    flags = ["--layout=video", f"--input={clips}", "--images=4", "--stride=2,9"]
+    assert run(*flags, f"--out={out}", "--max_bad_fraction=0.5") == 0
+    found = {s.id: s.tokens.reshape(4, PER_IMAGE) for s in sentences(out)}
+    assert list(found) == ["video:0", "video:1", "video:3", "video:4"]
+    for number, name, stride in ((0, "a", 2), (1, "b", 2), (3, "a", 9), (4, "b", 3)):
+        frames = video.read_frames(clips / f"{name}.mp4", size=SIDE)
+        ids = tokenizer.encode(images.to01(frames))
+        clips_of_ids = [
+            ids[at : at + 3 * stride + 1 : stride] for at in range(len(ids) - 3 * stride)
+        ]
+        assert any((found[f"video:{number}"] == clip).all() for clip in clips_of_ids)
+    lines = (out / "failures.txt").read_text().splitlines()
+    assert lines == [
+        f"video:{n}\t{clips / 'short.mp4'}: 3 frames cannot give 4 images" for n in (2, 5)
+    ]
+
+
+def test_annotations_are_drawn(tmp_path, photos, tokenizer):
+    path, out = tmp_path / "boxes.json", tmp_path / "out"
+    objects = [{"label": 1, "box": [4, 4, 20, 16]}]
+    path.write_text(json.dumps([{"image": f"{n}.png", "objects": objects} for n in range(10)]))
+    call = f"{path}:boxes:black"
+    flags = ["--layout=pairs", f"--input={photos}", f"--annotations={call}", "--images=20"]
+    assert run(*flags, f"--out={out}") == 0
+    (sentence,) = sentences(out)
+    drawn = np.zeros((20, 24, 3), np.uint8)
+    drawn[[4, 16], 4:21, 0] = drawn[4:17, [4, 20], 0] = 128
+    expected = tokenizer.encode_u8([drawn])[0]
+    rows = sentence.tokens.reshape(10, 2, PER_IMAGE)
+    assert (rows[:, 1] == expected).all() and not (rows[:, 0] == expected).all(1).any()
 
 
 def test_processes_share_the_shards(tmp_path, photos):
@@ -241,6 +287,7 @@ def test_previews_that_cannot_be(tmp_path, tokenizer, ids, message):
             ["--layout=single", "--input=IN", "--out=OUT", "--tokens_per_image=256"],
             "has 16 ids per",
         ),
+        (["--layout=single", "--input=IN", "--out=OUT", "--tokenizer=gone"], "gone"),
         (["--preview=x.png", "--out=OUT"], "no token files to preview"),
     ],
 )
