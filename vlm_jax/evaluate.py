@@ -15,7 +15,8 @@ leftover keys of `config.evals.<name>`, among them `predict`, the name of the ta
             # read(fields of a DataConfig) -> batches of other data, for baselines;
             # pictures go to out_dir (None on all processes but the first).
 
-Optional `task_needs = ("decode_batch",)` names members of the task that `run` calls.
+Optional `task_needs = ("decode_batch",)` names members of the task that `run` calls, and
+`prepare(task)` fetches what `run` will need and raises when it cannot work, before training begins.
 
 A batch passes `task.encode_batch`, where the task has it, before the evaluator sees it: prompts of
 pictures become ids there. What that puts into nested dicts stays on the host.
@@ -111,6 +112,7 @@ def check(evaluation: Evaluation, task: Any, params: Any, batch: Mapping[str, An
                 f"evals.{evaluation.name}: the evaluator {evaluation.config.type!r} needs a task "
                 f"with {member!r}, and {type(task).__name__} has none"
             )
+    getattr(evaluation.evaluator, "prepare", lambda task: None)(task)
     batch = _encode(task, batch)
     name, needs = evaluation.evaluator.predict, getattr(evaluation.evaluator, "needs", ())
     if name not in task.predict:

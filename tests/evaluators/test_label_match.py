@@ -3,13 +3,15 @@
 import collections
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vlm_jax import config as config_lib
-from vlm_jax import evaluate, text_embedder
+from vlm_jax import evaluate, sharding, text_embedder
 from vlm_jax.data import images
 from vlm_jax.evaluators import label_match
+from vlm_jax.systems.nxtp import labels as labels_lib
 
 WORDS = {"dog": 0, "puppy": 30, "cat": 60, "car": 90, "sky": 90, "": 180}  # degrees
 COS30 = np.cos(np.pi / 6)
@@ -135,7 +137,10 @@ def test_baselines():
     answers = [[("dog", 0.5), ("car", 0.4)]] * 6
     train = [batch_of(3, 4), batch_of(5, 3, valid=[True, False])]
     results = run(
-        evaluator(baseline={"mixture": {}}), Task(answers, references), [batch_of(0)], train=train
+        evaluator(baseline={"mixture": {"m": {"type": "memory"}}}),
+        Task(answers, references),
+        [batch_of(0)],
+        train=train,
     )
     # frequent: car (2), then dog before sky as it came first; sky at 90 degrees is car's direction
     assert results["frequent_recall"] == pytest.approx(1)
@@ -169,3 +174,63 @@ def test_a_task_without_labels_is_refused_before_training():
     (evaluation,) = evaluate.make(evals)
     with pytest.raises(config_lib.ConfigError, match="needs a task with 'labels'"):
         evaluate.check(evaluation, object(), {}, {})
+
+
+def test_more_labels_than_the_task_gives_are_refused_before_training():
+    task = Task(ANSWERS, REFERENCES)
+    task.k = 5
+    label_match.Evaluator(k=5, ks=()).prepare(task)
+    with pytest.raises(config_lib.ConfigError, match="asks for 10 labels .* but task.k=5"):
+        label_match.Evaluator(k=5).prepare(task)
+
+
+def test_baseline_fields_are_checked_early():
+    with pytest.raises(config_lib.ConfigError, match="mixtures"):
+        label_match.Evaluator(baseline=dict(mixtures={}))
+
+
+class Formatter:
+    def __call__(self, record, rng):
+        photo_u8 = np.full((20, 20, 3), record["grey"], np.uint8)
+        return {"photos_u8": photo_u8, "labels_u8": labels_lib.to_bytes(record["labels"], 32)}
+
+
+class JaxTask(Task):
+    """Branch j of an image says the j-th word, by its brightness."""
+
+    k = 2
+    predict = {
+        "one_shot": lambda params, batch, rng: {
+            "word": (batch["photos_u8"][:, 0, 0, :1] // 100 + jnp.arange(2)) % 3
+        }
+    }
+
+    def __init__(self):
+        pass
+
+    def labels(self, outputs, batch, *, k=None):
+        words = ("dog", "cat", "car")
+        return [([words[i] for i in row[:k]], [0.5] * k) for row in outputs["word"]]
+
+    def references(self, batch):
+        return [labels_lib.from_bytes(row) for row in batch["labels_u8"]]
+
+
+def test_through_the_runner(tmp_path):
+    rows = [{"id": "a", "grey": 0, "labels": ["dog"]}, {"id": "b", "grey": 100, "labels": ["car"]},
+            {"id": "c", "grey": 200, "labels": ["dog", "cat"]}]  # fmt: skip
+    data = dict(mixture=dict(m=dict(type="memory", records=rows)))
+    entry = dict(type="label_match", data=data, baseline=data, batch_size=2, k=2, ks=(1, 2))
+    (evaluation,) = evaluate.make({"labels": entry})
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=1, tensor=4))
+    task, params = JaxTask(), {}
+    batch = evaluate.first_batch(evaluation, Formatter(), 0, task)
+    evaluate.check(evaluation, task, params, batch)
+    runner = evaluate.Runner(task, Formatter(), mesh, {}, 0)
+    results = runner(evaluation, params, tmp_path)
+    # dog cat | cat car | car dog, against dog | car | dog cat (cat at 60 degrees)
+    assert results["eval/labels/recall"] == pytest.approx((1 + 1 + (1 + COS30) / 2) / 3)
+    assert results["eval/labels/images"] == 3
+    assert results["eval/labels/nearest_recall"] > 0.9  # the photo itself is in the baseline's data
+    lines = (tmp_path / "labels" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["a", "b", "c"]

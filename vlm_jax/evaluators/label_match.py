@@ -36,8 +36,9 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax import config as config_lib
 from vlm_jax import text_embedder
-from vlm_jax.data import images, label_sheet
+from vlm_jax.data import images, label_sheet, pipeline
 from vlm_jax.metrics import label_match, published_labels
 
 _SIDE = 16  # of the small photos that are compared
@@ -79,10 +80,24 @@ class Evaluator:
             raise ValueError(f"k={self.k} and ks={self.ks} must be at least 1")
         if self.published:
             published_labels.rows(self.published, self.k, self._kind)
+        if self.baseline:
+            config_lib.section(pipeline.DataConfig, self.baseline, "baseline")
 
     @property
     def _kind(self) -> str:
         return self.embedder.partition(":")[0]
+
+    def prepare(self, task: Any) -> None:
+        """Loads the embedder, and compares `ks` with the task's `k`, where it has one.
+
+        Raises:
+          ConfigError: the task predicts fewer labels. DataError: the embedder cannot be had.
+        """
+        if self.ks[-1] > getattr(task, "k", self.ks[-1]):
+            raise config_lib.ConfigError(
+                f"label_match asks for {self.ks[-1]} labels per image (k, ks), but task.k={task.k}"
+            )
+        text_embedder.load(self.embedder)
 
     def run(self, *, task, predict, batches, read, out_dir) -> dict[str, float]:
         """recall, precision, f1, div_avg, div_std, and with a baseline those of the baselines.
