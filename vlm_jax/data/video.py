@@ -156,7 +156,7 @@ def resize(frame_u8: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     """Bilinear without antialiasing, as the reference resizes video frames (but not stills).
 
     The fixed-point arithmetic of OpenCV's default resize: 11-bit weights, and exact halving
-    averages 2x2 blocks. (spec 2.6)
+    averages 2x2 blocks.
     """
     height, width = (size, size) if isinstance(size, int) else size
     rows, columns = frame_u8.shape[:2]

@@ -163,14 +163,12 @@ def _write_text(path: pathlib.Path, text: str) -> None:
     os.replace(partial, path)
 
 
+@dataclasses.dataclass(eq=False)
 class _Cell:
     """Ids of one picture, once they are known, or why there are none."""
 
-    __slots__ = ("cause", "ids")
-
-    def __init__(self):
-        self.ids: np.ndarray | None = None
-        self.cause = ""
+    ids: np.ndarray | None = None
+    cause: str = ""
 
     @property
     def done(self) -> bool:
@@ -181,69 +179,84 @@ def _sentences(
     job: Job, shard: int, pool: concurrent.futures.Executor, report: _Report
 ) -> Iterator[visual_sentences.Sentence]:
     """The sentences of one shard; one with an image that cannot be read is left out."""
-    # Batches begin anew with every shard and are filled in the order of the sentences, so that
-    # the bytes do not depend on what was done before, nor on the speed of the threads.
-    cells: dict[pictures.Picture, _Cell] = {}
-    waiting: collections.deque[tuple[int, list[_Cell]]] = collections.deque()
-    loading: collections.deque[tuple[list[_Cell], concurrent.futures.Future]] = collections.deque()
-    ready: list[tuple[_Cell, np.ndarray]] = []
-    batch = job.tokenizer.max_batch
+    work = _Shard(job, pool, report)
+    draw = _or_error(job.plan.draw)
+    for number, drawn in _ahead(pool, draw, job.numbers(shard), 2 * job.threads):
+        work.add(number, drawn)
+        work.settle(2 * job.tokenizer.max_batch)
+        yield from work.finished()
+    work.settle(0)
+    yield from work.finished()
+    report.check()
 
-    def encode(count: int) -> None:
-        chosen, ready[:] = ready[:count], ready[count:]
+
+class _Shard:
+    """Sentences on their way: drawn, waiting for files, waiting for the device.
+
+    Batches begin anew with every shard and are filled in the order of the sentences, so that the
+    bytes depend neither on what was done before nor on the speed of the threads.
+    """
+
+    def __init__(self, job: Job, pool: concurrent.futures.Executor, report: _Report):
+        self._job, self._pool, self._report = job, pool, report
+        self._read = _or_error(job.reader.read)
+        self._cells: dict[pictures.Picture, _Cell] = {}
+        self._waiting: collections.deque[tuple[int, list[_Cell]]] = collections.deque()
+        self._loading: collections.deque[tuple[list[_Cell], Any]] = collections.deque()
+        self._ready: list[tuple[_Cell, np.ndarray]] = []
+
+    def add(self, number: int, drawn: list[pictures.Picture] | Exception) -> None:
+        """Starts to read what a sentence needs and is not known yet."""
+        if isinstance(drawn, Exception):
+            self._report.file(bad=True)
+            self._waiting.append((number, [_Cell(cause=str(drawn))]))
+            return
+        new = list(dict.fromkeys(picture for picture in drawn if picture not in self._cells))
+        self._cells.update((picture, _Cell()) for picture in new)
+        self._waiting.append((number, [self._cells[picture] for picture in drawn]))
+        for group in _by_file(new):
+            future = self._pool.submit(self._read, group)
+            self._loading.append(([self._cells[picture] for picture in group], future))
+        while len(self._cells) > _REMEMBERED:
+            del self._cells[next(iter(self._cells))]
+
+    def settle(self, most: int) -> None:
+        """Encodes until at most so many images are being read; with 0, all."""
+        batch = self._job.tokenizer.max_batch
+        while sum(len(cells) for cells, _ in self._loading) > most:
+            cells, future = self._loading.popleft()
+            images01 = future.result()
+            bad = isinstance(images01, Exception)
+            if bad:
+                for cell in cells:
+                    cell.cause = str(images01)
+            else:
+                self._ready.extend(zip(cells, images01))
+            self._report.file(bad)
+            while len(self._ready) >= batch:
+                self._encode(batch)
+        while self._ready and not most:
+            self._encode(batch)
+
+    def finished(self) -> Iterator[visual_sentences.Sentence]:
+        """The next sentences whose images are all known."""
+        while self._waiting and all(cell.done for cell in self._waiting[0][1]):
+            number, row = self._waiting.popleft()
+            name = self._job.name
+            cause = next((cell.cause for cell in row if cell.cause), "")
+            self._report.sentence(f"{name}:{number}", cause)
+            if not cause:
+                tokens = np.concatenate([cell.ids for cell in row])
+                yield visual_sentences.Sentence(tokens, len(row), f"{name}:{number}", name)
+
+    def _encode(self, batch: int) -> None:
+        chosen, self._ready = self._ready[:batch], self._ready[batch:]
         images01 = np.stack([image01 for _, image01 in chosen])
         # The last batch of a shard is filled up: one program is compiled, not one for every size.
         images01 = np.pad(images01, [(0, batch - len(chosen))] + [(0, 0)] * 3)
-        ids = job.tokenizer.encode(images01)[: len(chosen)]
-        for (cell, _), row in zip(chosen, ids):
-            cell.ids = row
-        report.encoded(len(chosen))
-
-    def settle(most: int) -> None:
-        while sum(len(group) for group, _ in loading) > most:
-            group, future = loading.popleft()
-            images01 = future.result()
-            if isinstance(images01, Exception):
-                for cell in group:
-                    cell.cause = str(images01)
-            else:
-                ready.extend(zip(group, images01))
-            report.file(isinstance(images01, Exception))
-            if len(ready) >= batch:
-                encode(batch)
-
-    def finished() -> Iterator[visual_sentences.Sentence]:
-        while waiting and all(cell.done for cell in waiting[0][1]):
-            number, row = waiting.popleft()
-            causes = [cell.cause for cell in row if cell.cause]
-            report.sentence(f"{job.name}:{number}", causes[0] if causes else "")
-            if not causes:
-                tokens = np.concatenate([cell.ids for cell in row])
-                yield visual_sentences.Sentence(tokens, len(row), f"{job.name}:{number}", job.name)
-
-    draw = _or_error(job.plan.draw)
-    read = _or_error(job.reader.read)
-    for number, drawn in _ahead(pool, draw, job.numbers(shard), 2 * job.threads):
-        if isinstance(drawn, Exception):
-            report.file(True)
-            cell = _Cell()
-            cell.cause = str(drawn)
-            waiting.append((number, [cell]))
-            continue
-        new = list(dict.fromkeys(picture for picture in drawn if picture not in cells))
-        cells.update((picture, _Cell()) for picture in new)
-        waiting.append((number, [cells[picture] for picture in drawn]))
-        for files in _by_file(new):
-            loading.append(([cells[picture] for picture in files], pool.submit(read, files)))
-        while len(cells) > _REMEMBERED:
-            del cells[next(iter(cells))]
-        settle(2 * batch)
-        yield from finished()
-    settle(0)
-    while ready:
-        encode(batch)
-    yield from finished()
-    report.check()
+        for (cell, _), ids in zip(chosen, self._job.tokenizer.encode(images01)):
+            cell.ids = ids
+        self._report.encoded(len(chosen))
 
 
 def _by_file(chosen: Sequence[pictures.Picture]) -> list[list[pictures.Picture]]:
