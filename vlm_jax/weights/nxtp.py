@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import operator
 import os
+import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from vlm_jax.models import clip as clip_model
 from vlm_jax.models import llama as llama_model
 from vlm_jax.weights import clip, convert, errors, export, llama, readers
 
@@ -29,6 +32,11 @@ _TABLE = _DECODER + "tok_embeddings.weight"
 _ROWS = {"#base": slice(0, -2), "#image": -2, "#empty": -1}
 _SCALE = _VISION + "logit_scale"  # copied from CLIP, read by nobody
 _IGNORED = (re.escape(_SCALE), r"language_decoder\.rope\.freqs")
+
+_LACKS_CLIP = (
+    "{} holds the trained tensors alone (or is no NXTP checkpoint). Give the CLIP file it was "
+    "trained from as well: OpenAI's ViT-L-14.pt"
+)
 
 RULES = (
     *clip.openai_vision("vision/", _VISION),
@@ -111,10 +119,7 @@ def from_tensors(
     """
     if _SCALE in tensors or _VISION + "class_embedding" in tensors:
         return convert.convert(_cut(tensors), RULES, abstract, _IGNORED, shardings)
-    raise errors.WeightsError(
-        f"{convert.source_of(tensors)} holds the trained tensors alone (or is no NXTP checkpoint). "
-        "Give the CLIP file it was trained from as well: OpenAI's ViT-L-14.pt"
-    )
+    raise errors.WeightsError(_LACKS_CLIP.format(convert.source_of(tensors)))
 
 
 def _cut(tensors: convert.Tensors) -> readers.Tensors:
@@ -231,3 +236,46 @@ def decoder_from_llama(
         head = [params["lm_head"]["kernel"], column, np.zeros_like(column)]
         params["lm_head"]["kernel"] = np.concatenate(head, axis=1)
     return params
+
+
+# ---- sizes -----------------------------------------------------------------------------------
+
+
+def vision_config_of(tensors: convert.Tensors) -> clip_model.VisionConfig:
+    """Sizes of the image tower from the shapes of a complete checkpoint."""
+    names = {
+        name.replace(_VISION, "visual.", 1): name for name in tensors if name.startswith(_VISION)
+    }
+    loaders = {new: functools.partial(tensors.__getitem__, old) for new, old in names.items()}
+    tower = readers.Tensors(loaders, convert.source_of(tensors))
+    if "visual.class_embedding" not in tower:
+        raise errors.WeightsError(_LACKS_CLIP.format(convert.source_of(tensors)))
+    return clip.vision_config_of(tower)
+
+
+def decoder_config_of(
+    tensors: convert.Tensors, params_json: str | os.PathLike = ""
+) -> llama_model.LlamaConfig:
+    """Sizes of the decoder: from LLaMA's params.json, else those of LLaMA 7B if the widths fit.
+
+    Raises:
+      WeightsError: the shapes are not 7B's, and no params.json tells the number of heads.
+    """
+    if _TABLE not in tensors:
+        raise errors.WeightsError(f"{convert.source_of(tensors)}: no {_TABLE}; not NXTP's")
+    vocab_size, width = tensors[_TABLE].shape
+    pattern = re.compile(re.escape(_DECODER) + r"layers\.(\d+)\.attention_norm\.weight")
+    depth = sum(pattern.fullmatch(name) is not None for name in tensors)
+    if params_json:
+        try:
+            fields = json.loads(pathlib.Path(params_json).read_text())
+        except ValueError as error:
+            raise errors.WeightsError(f"{params_json}: {error}") from error
+        cfg = llama.config_from_meta(fields, vocab_size)
+        return dataclasses.replace(cfg, depth=depth)
+    if width != 4096:
+        raise errors.WeightsError(
+            f"{convert.source_of(tensors)}: a decoder of width {width} is not LLaMA 7B's; give the "
+            "folder with LLaMA's params.json, which tells the number of heads"
+        )
+    return llama_model.LlamaConfig(vocab_size, width, depth, 11008, 32, rms_eps=1e-5)

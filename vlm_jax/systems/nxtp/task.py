@@ -4,8 +4,7 @@
     tokens ─────────────── embed ───────────────┴─ decoder, masks.labels ─ logits ─ cross-entropy
 
     predict["score"]      logp float32[B, T] of every target
-    predict["one_shot"]   ids int32[B, k, max_tokens], probs, lengths, ended: see decoding.one_shot;
-                          labels_u8 as it came
+    predict["one_shot"]   ids int32[B, k, max_tokens], probs, lengths, ended: decoding.one_shot
 
 Parameters are {vision, projection, decoder}. What is trained is the recipe's business:
 `weights.nxtp.trained` is the reference's choice. Blocks that are not trained lie before all that
@@ -24,11 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax import config as config_lib
-from vlm_jax.decoding import one_shot
+from vlm_jax.decoding import label_lists, one_shot
 from vlm_jax.models import clip, llama
 from vlm_jax.nn import functional
 from vlm_jax.ops import losses, masks
+from vlm_jax.systems.nxtp import labels as labels_lib
 from vlm_jax.systems.nxtp import network as network_lib
+from vlm_jax.systems.nxtp import vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +66,13 @@ class NxtpTask:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"task.{name}={getattr(self, name)!r} is none of {known}")
-        vocabulary = self.cfg.decoder.vocab_size - network_lib.NUM_ADDED
-        if not 0 <= self.delimiter_id < vocabulary:
+        num_ids = self.cfg.decoder.vocab_size - network_lib.NUM_ADDED
+        if not 0 <= self.delimiter_id < num_ids:
             raise ValueError(
-                f"task.delimiter_id={self.delimiter_id} is not in the vocabulary of {vocabulary}"
+                f"task.delimiter_id={self.delimiter_id} is not in the vocabulary of {num_ids}"
             )
-        if not 1 <= self.k <= vocabulary:
-            raise ValueError(f"task.k={self.k} is not in 1 ... {vocabulary}, the vocabulary's size")
+        if not 1 <= self.k <= num_ids:
+            raise ValueError(f"task.k={self.k} is not in 1 ... {num_ids}, the vocabulary's size")
         if self.max_tokens < 1:
             raise ValueError(f"task.max_tokens={self.max_tokens} must be at least 1")
 
@@ -160,6 +161,41 @@ class NxtpTask:
                 "take that of formatter.tokenizer"
             )
 
+    def labels(self, outputs, batch, k: int | None = None):
+        """What predict["one_shot"] found, on the host.
+
+        Args:
+          outputs: of the predictor.
+          batch: which it was given.
+          k: only the k likeliest first tokens: what a run with that k gives. None is all.
+
+        Returns:
+          Per row ([label, ...], [score, ...]), best first; labels that were cut off are left out.
+
+        Raises:
+          ValueError: the predictor gave fewer than k.
+        """
+        del batch
+        found = {name: np.asarray(outputs[name]) for name in ("ids", "probs", "lengths")}
+        given = found["ids"].shape[1]
+        if k is not None and k > given:
+            raise ValueError(f"{k} labels are wanted of task.k={given}; raise task.k")
+        words = vocabulary.load(self.tokenizer)
+        rows = []
+        for row in zip(*(x[:, :k] for x in found.values())):
+            groups = label_lists.one_shot_groups(*row, self.delimiter_id)
+            ranked = label_lists.rank(groups, words.decode, delimiter_id=self.delimiter_id)
+            rows.append(([x.text for x in ranked], [x.score for x in ranked]))
+        return rows
+
+    def references(self, batch) -> list[list[str]]:
+        """The true labels of every row."""
+        return [labels_lib.from_bytes(row) for row in batch["labels_u8"]]
+
+    def photos(self, batch) -> np.ndarray:
+        """uint8[B, S, S, 3], as the network sees them."""
+        return batch["image_u8"]
+
     def units_per_step(self, batch) -> tuple[str, float]:
         """Images per update."""
         return "images", float(batch["tokens"].shape[0])
@@ -198,7 +234,6 @@ class NxtpTask:
             "probs": found.probs_bkt,
             "lengths": found.lengths_bk,
             "ended": found.ended_bk,
-            "labels_u8": batch["labels_u8"],
         }
 
 

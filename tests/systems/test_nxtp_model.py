@@ -1,0 +1,150 @@
+"""NXTP's verbs: labels and attention on the reference's checkpoint, from every kind of file."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vlm_jax
+from vlm_jax.data import images, records
+from vlm_jax.systems.nxtp import model as model_lib
+from vlm_jax.weights import errors, nxtp, readers
+
+PARAMS_JSON = dict(dim=64, n_layers=3, n_heads=4, multiple_of=16, norm_eps=1e-5, vocab_size=-1)
+
+
+@pytest.fixture(scope="module")
+def files(golden_nxtp, tmp_path_factory):
+    """The checkpoint as a user has it: a released .pth, a CLIP file, LLaMA's folder, photos."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("nxtp")
+    tensors = readers.read(golden_nxtp / "checkpoint.safetensors")
+    meta = json.loads((golden_nxtp / "meta.json").read_text())
+    released = {
+        name: torch.tensor(tensors[name.removeprefix("module.")])
+        for name in meta["checkpoint_trainable_keys_released_form"]
+    }
+    torch.save({"epoch": 3, "global_step": 9, "model": released, "optimizer": {"state": {}},
+                "scheduler": {"last_epoch": 9}}, folder / "released.pth")  # fmt: skip
+    tower = {
+        name.replace("vision_encoder.", "visual."): torch.tensor(tensors[name])
+        for name in tensors
+        if name.startswith("vision_encoder.") and "logit" not in name and ".proj." not in name
+    }
+    tower["visual.proj"] = torch.zeros(128, 32)
+    torch.save(tower, folder / "clip.pt")
+    llama = folder / "llama"
+    llama.mkdir()
+    (llama / "params.json").write_text(json.dumps(PARAMS_JSON))
+    (llama / "tokenizer.model").write_bytes((golden_nxtp / "tokenizer.model").read_bytes())
+    io = np.load(golden_nxtp / "io.npz")
+    photos = [io[f"raw_image_{i}"] for i in range(4)]
+    for i, photo in enumerate(photos):
+        Image.fromarray(photo).save(folder / f"{i}.png")
+    return folder, photos, meta, io
+
+
+@pytest.fixture(scope="module")
+def loaded(files):
+    folder = files[0]
+    return vlm_jax.load(
+        "nxtp", str(folder / "released.pth"), clip=str(folder / "clip.pt"),
+        llama=str(folder / "llama"),
+    )  # fmt: skip
+
+
+def test_labels_of_the_reference_program(files, loaded):
+    folder, photos, meta, _ = files
+    found = loaded.label([folder / f"{i}.png" for i in range(3)] + [photos[3]], k=10)
+    for i, labels in enumerate(found):
+        theirs = meta["infer_main_labels"][str(i)]
+        assert [name for name, _ in labels] == [name for name, _ in theirs]
+        np.testing.assert_allclose(
+            [score for _, score in labels], [score for _, score in theirs], atol=2e-5
+        )
+    alone = loaded.label(photos[1], k=10)
+    assert [name for name, _ in alone] == [name for name, _ in found[1]]
+    np.testing.assert_allclose([x for _, x in alone], [x for _, x in found[1]], atol=1e-6)
+    three = {name for name, _ in loaded.label(photos[0], k=3)}
+    assert three == {"chair", "street", "blanket"}
+
+
+def test_attention_of_the_reference(files, loaded):
+    folder, photos, _, io = files
+    maps = loaded.attention(photos[0])
+    np.testing.assert_allclose(maps, io["prefill_attention"], atol=1e-5)
+    sheet = model_lib.attention_sheet(maps[0], 9)
+    assert sheet.dtype == np.uint8 and sheet.shape[1] > 4 * 64
+    assert (sheet[..., 2] >= sheet[..., 0]).all()  # white to blue
+
+
+def test_complete_file_without_clip(files, golden_nxtp, loaded):
+    folder, photos, *_ = files
+    other = vlm_jax.load(
+        "nxtp", str(golden_nxtp / "checkpoint.safetensors"), llama=str(folder / "llama")
+    )
+    assert other.cfg == loaded.cfg
+    assert other.label(photos[0], k=3)[0][0] == "chair"
+
+
+def test_what_is_missing_is_named(files, golden_nxtp, tmp_path):
+    folder, *_ = files
+    released = str(folder / "released.pth")
+    with pytest.raises(errors.WeightsError, match="ViT-L-14.pt"):
+        vlm_jax.load("nxtp", released, llama=str(folder / "llama"))
+    with pytest.raises(records.DataError, match="no tokenizer is named"):
+        vlm_jax.load("nxtp", released, clip=str(folder / "clip.pt"))
+    with pytest.raises(errors.WeightsError, match="params.json"):
+        vlm_jax.load(
+            "nxtp", released, clip=str(folder / "clip.pt"),
+            tokenizer=str(folder / "llama" / "tokenizer.model"),
+        )  # fmt: skip
+    (tmp_path / "params.json").write_text(json.dumps(PARAMS_JSON | {"dim": 32}))
+    (tmp_path / "tokenizer.model").write_bytes((golden_nxtp / "tokenizer.model").read_bytes())
+    with pytest.raises(nxtp.convert.ConversionError, match="tok_embeddings"):
+        vlm_jax.load("nxtp", released, clip=str(folder / "clip.pt"), llama=str(tmp_path))
+
+
+def test_bad_questions(files, loaded, tmp_path):
+    with pytest.raises(ValueError, match="k=400 is not in 1 ... 354"):
+        loaded.label(files[1][0], k=400)
+    with pytest.raises(ValueError, match="ranking='best'"):
+        loaded.label(files[1][0], ranking="best")
+    with pytest.raises(ValueError, match="no image"):
+        loaded.label([])
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(images.ImageError, match="text.png"):
+        loaded.label(tmp_path / "text.png")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "LA", "I;16"])
+@pytest.mark.parametrize("size", [(7, 90), (300, 42)])
+def test_any_picture_has_labels(loaded, tmp_path, mode, size):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8))
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+    else:
+        picture = picture.convert(mode)
+    path = tmp_path / ("p.tif" if mode == "CMYK" else "p.png")
+    picture.save(path)
+    assert len(loaded.label(path, k=3)) >= 1
+
+
+def test_command_line(files, tmp_path, capsys):
+    from vlm_jax import predict
+
+    folder, _, meta, _ = files
+    predict.main([
+        "nxtp", f"--checkpoint={folder / 'released.pth'}", f"--clip={folder / 'clip.pt'}",
+        f"--llama={folder / 'llama'}", "--image", str(folder / "0.png"), str(folder / "1.png"),
+        "--k=10", f"--out={tmp_path}", "--attention",
+    ])  # fmt: skip
+    assert "0.14064  chair" in capsys.readouterr().out
+    content = json.loads((tmp_path / "labels.json").read_text())
+    assert [entry["labels"][0][0] for entry in content] == ["chair", "chair"]
+    made = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert made == ["0_attention_layer_0.png", "0_attention_layer_1.png",
+                    "1_attention_layer_0.png", "1_attention_layer_1.png", "labels.png"]  # fmt: skip
+    assert Image.open(tmp_path / "labels.png").size[0] > 300

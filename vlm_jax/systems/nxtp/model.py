@@ -1,0 +1,243 @@
+"""NXTP in a notebook: photos in, ranked labels out.
+
+    model = vlm_jax.load("nxtp", "path/to/run")
+    model = vlm_jax.load("nxtp", "ckpt_epoch_03.pth", clip="ViT-L-14.pt", llama="llama-2-7b")
+    model.label(["cafe.jpg", "dog.jpg"], k=20)       # [[("coffee", .057), ...], [...]]
+    model.attention("cafe.jpg")                      # float32[layers, heads, T, T]
+
+Of LLaMA's folder only params.json and tokenizer.model are read. Everything is jitted once per
+number of labels and power-of-two batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.data import images as images_lib
+from vlm_jax.decoding import label_lists, one_shot
+from vlm_jax.models import clip, llama
+from vlm_jax.systems.nxtp import format as format_lib
+from vlm_jax.systems.nxtp import network as network_lib
+from vlm_jax.systems.nxtp import vocabulary
+
+MAX_IMAGES = 32  # per device call
+
+
+class Nxtp:
+    """The network with its tokenizer.
+
+    Args:
+      cfg, params: of the network, in the training layout.
+      words: the vocabulary.
+      prompt: what the labels follow.
+    """
+
+    def __init__(
+        self,
+        cfg: network_lib.NxtpConfig,
+        params: Any,
+        words: vocabulary.Vocabulary,
+        *,
+        prompt: str = vocabulary.PROMPTS[0],
+    ):
+        if words.size != cfg.decoder.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {words.size} ids with the two added ones, the decoder "
+                f"{cfg.decoder.vocab_size}; give the tokenizer that it was trained with"
+            )
+        self.cfg, self.words, self.params = cfg, words, params
+        self._prompt = np.array(words.prompt(prompt), np.int32)
+        self._network, self._image_half = network_lib.make(cfg), network_lib.make_image_half(cfg)
+        decode_params, decode_cfg = llama.decode_form(params["decoder"], cfg.decoder)
+        self._decoder = network_lib.make_decoder(decode_cfg)
+        image_params = {name: params[name] for name in ("vision", "projection")}
+        self._halves = jax.device_put(image_params), decode_params
+        self._compiled: dict[Any, Any] = {}
+
+    def label(
+        self,
+        images: Any,
+        k: int = 10,
+        *,
+        max_tokens: int = 20,
+        ranking: str = "prob",
+        unfinished: bool = False,
+    ) -> Any:
+        """Labels of one photo or of many.
+
+        Args:
+          images: a photo (uint8 of any size, float in [0, 1], or a file's path), or a list.
+          k: branches: labels before equal texts are merged and empty ones dropped.
+          max_tokens: of a label, its delimiter included.
+          ranking: see `decoding.label_lists`: "prob", "first", "none", "ppl".
+          unfinished: also those that were cut off at max_tokens.
+
+        Returns:
+          [(label, score), ...], the best first; a list of such lists for a list.
+
+        Raises:
+          ValueError: k below 1 or above the vocabulary, an unknown ranking, no image.
+          ImageError: a file that is no image.
+        """
+        if not 1 <= k <= self.words.size:
+            raise ValueError(f"k={k} is not in 1 ... {self.words.size}, the vocabulary's size")
+        if ranking not in label_lists.RANKINGS or ranking.startswith("sim"):
+            known = [name for name in label_lists.RANKINGS if not name.startswith("sim")]
+            raise ValueError(f"ranking={ranking!r} is none of {', '.join(known)}")
+        photos, single = self._photos(images)
+        results = []
+        for start in range(0, len(photos), MAX_IMAGES):
+            part = photos[start : start + MAX_IMAGES]
+            found = self._find(part, k, max_tokens)
+            lists = label_lists.rank_all(
+                found,
+                self.words.decode,
+                delimiter_id=self.words.delimiter_id,
+                by=ranking,
+                unfinished=unfinished,
+            )[: len(part)]
+            results += [[(label.text, label.score) for label in labels] for labels in lists]
+        return results[0] if single else results
+
+    def attention(self, image: Any) -> np.ndarray:
+        """What every place of image and prompt reads, float32[layers, heads, T, T]."""
+        photos, _ = self._photos([image])
+        if "attention" not in self._compiled:
+
+            def run(params, image_u8, prompt_bt):
+                module = self._network.bind(params)
+                x_btd = module.inputs(clip.normalize(image_u8), prompt_bt)
+                return module.decoder.attention_maps(x_btd, prefix_block=self.cfg.num_image)
+
+            self._compiled["attention"] = jax.jit(run)
+        maps = self._compiled["attention"](self.params, photos[:1], self._prompt[None])
+        return np.asarray(maps[:, 0])
+
+    def _find(self, photos: np.ndarray, k: int, max_tokens: int) -> one_shot.OneShot:
+        """`one_shot.decode` of up to MAX_IMAGES photos; rows behind them are copies."""
+        # Powers of two, so that few shapes are compiled.
+        bucket = 1 << (len(photos) - 1).bit_length()
+        filled = np.concatenate([photos, np.repeat(photos[-1:], bucket - len(photos), axis=0)])
+        key = k, max_tokens
+        if key not in self._compiled:
+
+            def run(image_params, decode_params, image_u8, prompt_bt):
+                image_half = self._image_half.bind(image_params)
+                image_bpd = image_half.image_vectors(clip.normalize(image_u8))
+                network = self._decoder.bind(decode_params)
+                text_btd = network.embed(prompt_bt)
+                return one_shot.decode(
+                    network,
+                    jnp.concatenate([image_bpd.astype(text_btd.dtype), text_btd], axis=1),
+                    k=k,
+                    max_tokens=max_tokens,
+                    delimiter_id=self.words.delimiter_id,
+                    prefix_block=self.cfg.num_image,
+                )
+
+            self._compiled[key] = jax.jit(run)
+        prompt_bt = np.tile(self._prompt, (bucket, 1))
+        return self._compiled[key](*self._halves, filled, prompt_bt)
+
+    def _photos(self, images: Any) -> tuple[np.ndarray, bool]:
+        single = isinstance(images, str | os.PathLike) or getattr(images, "ndim", 0) in (2, 3)
+        listed = [images] if single else list(images)
+        if not listed:
+            raise ValueError("no image to label")
+        side = self.cfg.vision.image_size
+        return np.stack([format_lib.crop(_as_u8(image), side) for image in listed]), single
+
+
+def _as_u8(image: Any) -> np.ndarray:
+    if isinstance(image, str | os.PathLike):
+        return images_lib.decode(image)
+    image = np.asarray(image)
+    if image.dtype.kind == "f" and image.size and image.min() >= 0 and image.max() <= 1:
+        return images_lib.to_u8(image)
+    return image
+
+
+def from_run(task: Any, formatter: Any, params: Any, *, tokenizer: str = "", dtype: str = ""):
+    """An Nxtp from a run of our own; `vlm_jax.load` calls it.
+
+    Args:
+      task, formatter: as the run was configured.
+      params: of its newest good checkpoint.
+      tokenizer: file; "" takes what the run was configured with.
+      dtype: compute dtype; "" is bfloat16 on an accelerator, float32 on a CPU.
+    """
+    words = vocabulary.load(tokenizer or formatter.tokenizer)
+    return Nxtp(_computed_in(task.cfg, dtype), params, words)
+
+
+def from_upstream(
+    checkpoint: str,
+    *,
+    clip: str = "",
+    llama: str = "",
+    tokenizer: str = "",
+    dtype: str = "",
+) -> Nxtp:
+    """An Nxtp from released weights; `vlm_jax.load` calls it.
+
+    Args:
+      checkpoint: .pth or .safetensors of the reference; released ones hold the trained part.
+      clip: the CLIP file that it was trained from, for what a released one lacks.
+      llama: folder with LLaMA's params.json and tokenizer.model; its weights are not read.
+      tokenizer: file, when it lies elsewhere.
+      dtype: compute and storage; "" is bfloat16 on an accelerator, float32 on a CPU.
+
+    Raises:
+      FileNotFoundError, WeightsError, ConversionError: the weights cannot be read.
+      DataError: no tokenizer.
+    """
+    from vlm_jax.weights import nxtp
+
+    words = vocabulary.load(tokenizer or llama)  # before gigabytes are read
+    tensors = nxtp.read(checkpoint, clip)
+    sizes = pathlib.Path(llama).expanduser() / "params.json" if llama else None
+    decoder = nxtp.decoder_config_of(tensors, sizes if sizes and sizes.exists() else "")
+    cfg = network_lib.NxtpConfig(nxtp.vision_config_of(tensors), decoder)
+    cfg = _computed_in(cfg, dtype, stored=True)
+    params = nxtp.from_tensors(tensors, network_lib.make(cfg).abstract())
+    return Nxtp(cfg, params, words)
+
+
+def _computed_in(cfg, dtype, *, stored=False):
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    fields = dict(dtype=dtype, remat="none") | ({"param_dtype": dtype} if stored else {})
+    return dataclasses.replace(
+        cfg,
+        vision=dataclasses.replace(cfg.vision, **fields),
+        decoder=dataclasses.replace(cfg.decoder, **fields),
+    )
+
+
+def attention_sheet(maps_nts: np.ndarray, num_image: int, *, columns: int = 8) -> np.ndarray:
+    """One layer's attention among the image's places, uint8[H, W, 3].
+
+    Every head is a tile. In it, at every place of the image, stands a small map of the image: how
+    much that place reads of each other one, from its least (white) to its most (blue).
+
+    Args:
+      maps_nts: of one layer, `Nxtp.attention`.
+      num_image: places of the image, a square.
+      columns: heads beside each other.
+    """
+    side = round(num_image**0.5)
+    maps = np.asarray(maps_nts, np.float32)[:, :num_image, :num_image]
+    low, high = maps.min(-1, keepdims=True), maps.max(-1, keepdims=True)
+    shares = ((maps - low) / (high - low + 1e-6)).reshape(-1, side, side, side, side)
+    tiles = shares.transpose(0, 1, 3, 2, 4).reshape(-1, side * side, side * side)
+    blue = np.array([8, 48, 107], np.float32)
+    tiles_u8 = np.rint(255 + tiles[..., None] * (blue - 255)).astype(np.uint8)
+    rows = [list(tiles_u8[i : i + columns]) for i in range(0, len(tiles_u8), columns)]
+    names = [f"heads {i}-{i + len(row) - 1}" for i, row in zip(range(0, len(maps), columns), rows)]
+    return images_lib.draw_grid(rows, row_labels=names, cell=max(side * side, 64))

@@ -1,0 +1,65 @@
+"""Starting points of training from released files.
+
+    init.upstream = "clip=ViT-L-14.pt,llama=llama-2-7b"          as the paper starts
+    init.upstream = "nxtp=ckpt_epoch_03.pth,clip=ViT-L-14.pt"    a released checkpoint
+    init.upstream = "nxtp.safetensors"                           a complete one
+    init.upstream = "llama=SmolLM2-135M-Instruct.Q4_1.gguf"      the language model alone
+
+What no part names stays random and must be named in `init.random`: the projection, `^projection/`,
+in the first form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm_jax import config as config_lib
+from vlm_jax.systems.nxtp.task import NxtpTask
+
+_PARTS = ("clip", "llama", "nxtp")
+
+
+def parse(path: str) -> dict[str, str]:
+    """The files of an `init.upstream`, by part.
+
+    Raises:
+      ConfigError: an unknown part, or nxtp together with llama.
+    """
+    if "=" not in path:
+        return {"nxtp": path}
+    parts = {}
+    for item in path.split(","):
+        name, _, file = item.strip().partition("=")
+        if name not in _PARTS or not file:
+            raise config_lib.ConfigError(
+                f"init.upstream={path!r}: {item!r} is not PART=FILE with a part of "
+                f"{', '.join(_PARTS)}"
+            )
+        parts[name] = file
+    if "nxtp" in parts and "llama" in parts:
+        raise config_lib.ConfigError(
+            f"init.upstream={path!r}: nxtp holds the language model already; leave llama out"
+        )
+    return parts
+
+
+def load_upstream(path: str, task: NxtpTask) -> dict[str, Any]:
+    """Parameters, or part of them; see the module.
+
+    Raises:
+      ConfigError, FileNotFoundError, WeightsError, ConversionError: what cannot be used.
+    """
+    from vlm_jax.weights import clip, nxtp, readers
+
+    parts = parse(path)
+    if "nxtp" in parts:
+        tensors = nxtp.read(parts["nxtp"], parts.get("clip", ""))
+        return nxtp.from_tensors(tensors, task.network.abstract())
+    params = {}
+    if "clip" in parts:
+        tensors = clip.read(parts["clip"])
+        params["vision"] = clip.vision_from_tensors(tensors, task.cfg.vision)
+    if "llama" in parts:
+        tensors = readers.read(parts["llama"])
+        params["decoder"] = nxtp.decoder_from_llama(tensors, task.cfg.decoder)
+    return params
