@@ -129,13 +129,14 @@ def extract(
         if isinstance(outcome, Exception):
             print(f"extract_labels: {unit.file}: {outcome}", file=sys.stderr)
             totals = totals.plus(failed=1)
+            progress.show(totals, 1 / unit.parts)
             continue
         totals = totals.plus(**outcome)
         waiting[unit.target] -= 1
         if not waiting[unit.target]:
             _join(unit.target, unit.parts)
             totals = totals.plus(files=1)
-        progress.show(totals)
+        progress.show(totals, 1 / unit.parts)
     progress.close()
     return totals
 
@@ -304,15 +305,17 @@ class _Progress:
 
     def __init__(self, files: int):
         self._files, self._start_s, self._shown_s = files, time.monotonic(), time.monotonic()
+        self._done = 0.0  # files, parts of them counted
 
-    def show(self, totals: Totals) -> None:
+    def show(self, totals: Totals, more: float) -> None:
+        self._done += more
         now, terminal = time.monotonic(), sys.stderr.isatty()
         if not terminal and now - self._shown_s < _PLAIN_EVERY_S:
             return
         self._shown_s = now
-        done = (totals.files + totals.failed) / max(self._files, 1)
+        done = self._done / self._files
         spent_s = now - self._start_s
-        left_s = spent_s * (1 - done) / done if done else float("nan")
+        left_s = spent_s * (1 - done) / done
         text = (
             f"{totals.files}/{self._files} files  {totals.captions:,} captions  "
             f"{totals.captions / max(spent_s, 1e-9):,.0f}/s  {left_s / 60:.0f} min left"
