@@ -112,6 +112,17 @@ def test_members_of_the_task_that_an_evaluator_calls():
         evaluate.check(evaluation, Task(), {"b": np.float32(1)}, batch)
 
 
+def test_an_evaluator_may_look_at_the_first_batch():
+    def refuse(batch):
+        raise ValueError(f"{batch['x'].tolist()} is too much")
+
+    evaluation = make()
+    evaluation.evaluator.check_batch = refuse
+    batch = evaluate.first_batch(evaluation, Formatter(), 0, Task())
+    with pytest.raises(config_lib.ConfigError, match=r"evals.own: \[100.0, 101.0\] is too much"):
+        evaluate.check(evaluation, Task(), {"b": np.float32(1)}, batch)
+
+
 def test_an_empty_path_makes_an_evaluation_inactive(capsys):
     evaluate._say_once.cache_clear()
     inner = dict(type="few_shot", answer="mask", queries=dict(type="pascal5i", path=""))
@@ -122,8 +133,8 @@ def test_an_empty_path_makes_an_evaluation_inactive(capsys):
     assert [evaluation.name for evaluation in evaluate.make(evals)] == ["text"]
     assert [evaluation.name for evaluation in evaluate.make(evals)] == ["text"]
     said = capsys.readouterr().err
-    assert said.count("evals.masks is inactive") == 1  # once, although it is made twice
-    assert "evals.masks.data.mixture.pairs.queries.path is empty" in said
+    # Once, although it is made twice.
+    assert said.count("path is empty: evals.masks.data.mixture.pairs.queries.path") == 1
     # Mistakes are found in inactive entries too.
     evals["masks"]["typ"] = 1
     with pytest.raises(config_lib.ConfigError, match="typ"):

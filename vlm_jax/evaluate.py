@@ -15,8 +15,9 @@ leftover keys of `config.evals.<name>`, among them `predict`, the name of the ta
             # read(fields of a DataConfig) -> batches of other data, for baselines;
             # pictures go to out_dir (None on all processes but the first).
 
-Optional `task_needs = ("decode_batch",)` names members of the task that `run` calls, and
-`prepare(task)` fetches what `run` will need and raises when it cannot work, before training begins.
+Optional: `task_needs = ("decode_batch",)` names members of the task that `run` calls; before
+training begins, `prepare(task)` fetches what `run` will need and raises when it cannot work, and
+`check_batch(batch)` raises ValueError when the first batch is not what it scores.
 
 A batch passes `task.encode_batch`, where the task has it, before the evaluator sees it: prompts of
 pictures become ids there. What that puts into nested dicts stays on the host.
@@ -83,7 +84,7 @@ def make(evals: Mapping[str, Mapping[str, Any]]) -> list[Evaluation]:
       ConfigError: unknown type or keys.
     """
     own = {field.name for field in dataclasses.fields(EvalConfig)} - {"fields"}
-    result = []
+    result, inactive = [], []
     for name, values in (evals or {}).items():
         mine = {key: value for key, value in values.items() if key in own}
         rest = {key: value for key, value in values.items() if key not in own}
@@ -92,9 +93,11 @@ def make(evals: Mapping[str, Mapping[str, Any]]) -> list[Evaluation]:
         evaluator = config_lib.section(module.Evaluator, rest, f"evals.{name}")
         data = config_lib.section(pipeline.DataConfig, config.data, f"evals.{name}.data")
         if missing := _empty_path(config_lib.plain(config.data), f"evals.{name}.data"):
-            _say_once(f"evals.{name} is inactive: {missing} is empty")
+            inactive.append(missing)
             continue
         result.append(Evaluation(name, config, evaluator, data))
+    if inactive:
+        _say_once(f"inactive evaluations, their path is empty: {', '.join(inactive)}")
     return result
 
 
@@ -114,6 +117,10 @@ def check(evaluation: Evaluation, task: Any, params: Any, batch: Mapping[str, An
             )
     getattr(evaluation.evaluator, "prepare", lambda task: None)(task)
     batch = _encode(task, batch)
+    try:
+        getattr(evaluation.evaluator, "check_batch", lambda batch: None)(batch)
+    except ValueError as error:
+        raise config_lib.ConfigError(f"evals.{evaluation.name}: {error}") from error
     name, needs = evaluation.evaluator.predict, getattr(evaluation.evaluator, "needs", ())
     if name not in task.predict:
         raise config_lib.ConfigError(

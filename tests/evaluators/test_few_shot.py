@@ -135,6 +135,8 @@ def test_bad_input():
     evaluator = few_shot.Evaluator(kind="segmentation")
     batch = fakes.prompt_batch([[PHOTO, MASK1, PHOTO, MASK1]], [TRUE])
     with pytest.raises(ValueError, match="2 . shots . 1"):
+        evaluator.check_batch(batch)
+    with pytest.raises(ValueError, match="2 . shots . 1"):
         fakes.run(evaluator, [batch], task=task(TRUE), predict=predict([0]))
     batch = fakes.prompt_batch([[PHOTO, MASK1, PHOTO]], [TRUE])
     batch["pictures"]["num_target"][:] = 0

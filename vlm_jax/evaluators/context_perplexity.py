@@ -13,6 +13,7 @@ import json
 import numpy as np
 
 from vlm_jax import curves
+from vlm_jax.data import records
 
 
 @dataclasses.dataclass
@@ -44,7 +45,7 @@ class Evaluator:
         """`context_K`: mean over rows of the perplexity after K images; `rows`, `left_out`.
 
         Raises:
-          ValueError: no row has enough images.
+          DataError: no row has enough images.
         """
         sums, rows, left_out = np.zeros(self.max_context), 0, 0
         for batch in batches:
@@ -55,7 +56,7 @@ class Evaluator:
                 logp_bt = predict(made)["logp"].astype(np.float64)[:, scored]
                 sums[k - 1] += np.exp(-logp_bt[used_b].mean(axis=1)).sum()
         if not rows:
-            raise ValueError(
+            raise records.DataError(
                 f"context_perplexity: none of {left_out} rows holds {self.max_context + 1} images "
                 f"of {self.tokens_per_image} ids; lower max_context"
             )

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data import images
+from vlm_jax.data import images, records
 from vlm_jax.metrics import masks, perceptual
 from vlm_jax.weights import lpips as lpips_weights
 
@@ -74,7 +74,7 @@ class Evaluator:
         """Scores over one pass; see the module.
 
         Raises:
-          ValueError: no prompt of k pairs and a query, with its answer.
+          DataError: no prompt, or prompts that `check_batch` refuses.
         """
         lines, shown = [], []
         for batch in batches:
@@ -94,12 +94,21 @@ class Evaluator:
                     images_u8 = [*pictures["prompt_u8"][row], images.to_u8(made01[row])]
                     shown.append((name, [*images_u8, images.to_u8(pictures["target01"][row])]))
         if not lines:
-            raise ValueError("few_shot: the evaluation data hold no usable prompt")
+            raise records.DataError("few_shot: the evaluation data hold no usable prompt")
         if out_dir is not None:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (out_dir / "images.jsonl").write_text(text)
             (out_dir / "few_shot.png").write_bytes(images.encode(self._draw(shown)))
         return summary(lines)
+
+    def prepare(self, task: Any) -> None:
+        """Loads what LPIPS needs."""
+        if self.lpips and self.kind == "colorization":
+            _lpips()
+
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Raises DataError unless prompts are k pairs and a query, with its answer."""
+        _of_valid(batch)
 
     def score(
         self, made01: np.ndarray, pictures: Mapping[str, np.ndarray], known01: np.ndarray
@@ -174,17 +183,19 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
 def _of_valid(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Pictures of the valid rows, as they are scored."""
     if "pictures" not in batch:
-        raise ValueError("few_shot needs prompts of pictures; give evals.X.formatter=dict(images=)")
+        raise records.DataError(
+            "few_shot needs prompts of pictures; give evals.X.formatter=dict(images=...)"
+        )
     pictures, valid = batch["pictures"], batch["valid"]
     prompt_u8 = pictures["prompt_u8"][valid]
     count = prompt_u8.shape[1]
     if (pictures["num_prompt"][valid] != count).any() or count % 2 == 0:
-        raise ValueError(
+        raise records.DataError(
             f"few_shot needs k pairs and a query in every prompt; evals.X.formatter.images={count} "
             f"must be 2 * shots + 1 of the data"
         )
     if (pictures["num_target"][valid] < 1).any():
-        raise ValueError("few_shot: a prompt has no true answer ('target')")
+        raise records.DataError("few_shot: a prompt has no true answer ('target')")
     target_u8 = pictures["target_u8"][valid, 0]
     return {
         "prompt_u8": prompt_u8,

@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from vlm_jax.data import images, tiling
+from vlm_jax.data import images, records, tiling
 
 
 @dataclasses.dataclass
@@ -46,8 +46,7 @@ class Evaluator:
         """
         errors, written = [], 0
         for batch in batches:
-            if "pictures" not in batch:
-                raise ValueError("generation needs prompts of pictures; give evals.X.formatter")
+            self.check_batch(batch)
             made = [task.decode_batch(predict(batch)) for _ in range(self.candidates)]
             made01 = np.stack(made, axis=1)
             pictures = batch["pictures"]
@@ -63,8 +62,16 @@ class Evaluator:
                     true01 = images.to01(pictures["target_u8"][row])
                     errors.append(np.square(made01[row].astype(np.float64) - true01).mean())
         if not written:
-            raise ValueError("generation: the evaluation data hold no usable prompt")
+            raise records.DataError("generation: the evaluation data hold no usable prompt")
         result = {"pictures": float(written)}
         if errors:
             result |= {"mse": float(np.mean(errors)), "mse_x3": 3 * float(np.mean(errors))}
         return result
+
+    def check_batch(self, batch) -> None:
+        """Raises DataError unless prompts are pictures and outputs stay in their folder."""
+        if "pictures" not in batch:
+            raise records.DataError("generation needs prompts of pictures; give evals.X.formatter")
+        for names in batch["record_ids"]:
+            if names:
+                tiling.place(".", "+".join(names))
