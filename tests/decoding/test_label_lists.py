@@ -84,6 +84,16 @@ def test_reference_greedy_lists(decode, penalty, by):
         assert_labels(labels, want)
 
 
+@pytest.mark.parametrize("penalty", ["penalty1.2", "penalty0"])
+def test_reference_beam_lists(decode, penalty):
+    io, meta = golden()
+    for i, want in enumerate(meta["beam3"][penalty]):
+        ids = io[f"beam3_{penalty}_tokens_{i}"][0]
+        groups = label_lists.sequence_groups(ids, np.zeros(len(ids)), DELIMITER)
+        labels = label_lists.rank(groups, decode, delimiter_id=DELIMITER, by="none")
+        assert [label.text for label in labels] == want
+
+
 @pytest.mark.parametrize("by", ["prob", "ppl", "none"])
 def test_duplicate_empty_and_unfinished(decode, by):
     io, meta = golden()

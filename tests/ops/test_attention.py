@@ -6,9 +6,9 @@ import pytest
 from vlm_jax.ops import attention, masks
 
 
-def attend(q, k, v, *, causal=False, scale=None, implementation=None, **arrays):
+def attend(q, k, v, *, causal=False, scale=None, implementation=None, prefix=0, **arrays):
     """Jitted: eager dispatch would compile every small operation on its own."""
-    fixed = dict(causal=causal, scale=scale, implementation=implementation)
+    fixed = dict(causal=causal, scale=scale, implementation=implementation, prefix=prefix)
     return jax.jit(lambda q, k, v, arrays: attention.attend(q, k, v, **fixed, **arrays))(
         q, k, v, arrays
     )
@@ -104,7 +104,62 @@ def test_low_precision_has_float32_softmax():
     close(out.astype(jnp.float32), plain(q, k, v), 2e-2)
 
 
-@pytest.mark.parametrize("case", ["plain", "causal", "segments", "cache", "bias", "masked row"])
+def test_prefix_and_dense_mask(monkeypatch):
+    monkeypatch.setattr(attention, "_BLOCK", 4)
+    q, k, v = make(t=11, k=2)
+    image = masks.prefix(11, 6)  # ends inside a block
+    assert image[0, 5] and not image[0, 6]
+    close(attend(q, k, v, causal=True, prefix=6), plain(q, k, v, image[None]))
+    short = jnp.array([[True] * 11, [True] * 8 + [False] * 3])
+    out = attend(q, k, v, causal=True, prefix=6, kv_valid_bs=short)
+    close(out, plain(q, k, v, image[None] & short[:, None]))
+    some = jnp.asarray(np.random.default_rng(1).random((2, 11, 11)) < 0.5).at[:, :, 0].set(True)
+    close(attend(q, k, v, mask_bts=some), plain(q, k, v, some))
+    close(
+        attend(q, k, v, mask_bts=some[:1], causal=True), plain(q, k, v, some[:1] & masks.causal(11))
+    )
+    close(attend(q[:, :1], k, v, mask_bts=some[:, :1]), plain(q[:, :1], k, v, some[:, :1]))
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_branches_equal_attention_over_prefix_and_own_keys(kv_heads, ragged):
+    branches, used, slots = 3, 2, 4
+    q, prefix_k, prefix_v = make(t=branches, s=7, k=kv_heads)
+    rng = np.random.default_rng(1)
+    own_k, own_v = rng.normal(size=(2, 2, branches, kv_heads, slots, 8)).astype(np.float32)
+    valid = jnp.arange(7)[None] < jnp.array([[7], [4 if ragged else 7]])
+    out = jax.jit(attention.attend_branches)(
+        q, prefix_k, prefix_v, own_k, own_v, jnp.int32(used), prefix_valid_bs=valid
+    )
+    mask = np.concatenate([valid, np.ones((2, used), bool)], axis=1)[:, None]
+    for r in range(branches):
+        keys, values = (
+            np.concatenate([shared, own[:, r, :, :used].swapaxes(1, 2)], axis=1)
+            for shared, own in ((prefix_k, own_k), (prefix_v, own_v))
+        )
+        close(out[:, r : r + 1], plain(q[:, r : r + 1], keys, values, mask))
+    low = (x.astype(jnp.bfloat16) for x in (q, prefix_k, prefix_v, own_k, own_v))
+    half = jax.jit(attention.attend_branches)(*low, jnp.int32(used), prefix_valid_bs=valid)
+    assert half.dtype == jnp.bfloat16
+    close(half.astype(jnp.float32), out, 3e-2)
+
+
+def test_branches_with_scores_far_apart():
+    # The merge must not overflow where one part outweighs the other by far.
+    q = jnp.ones((1, 1, 1, 4))
+    v = jnp.zeros((1, 2, 1, 4))
+    for far in (-200.0, 200.0):
+        out = attention.attend_branches(
+            q, v + far, v, jnp.zeros((1, 1, 1, 1, 4)), jnp.ones((1, 1, 1, 1, 4)), jnp.int32(1)
+        )
+        np.testing.assert_allclose(out, 1.0 if far < 0 else 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["plain", "causal", "segments", "cache", "bias", "masked row", "prefix", "mask"],
+)
 def test_the_library_and_ours_agree(case):
     q, k, v = make(t=5, s=5, n=4, k=2)
     segments = jnp.array([[1, 1, 2, 2, 0], [1, 1, 1, 2, 2]])
@@ -115,6 +170,8 @@ def test_the_library_and_ours_agree(case):
         "cache": dict(causal=True, q_offset=jnp.int32(0), kv_valid_bs=segments > 0),
         "bias": dict(causal=True, bias_bnts=jnp.arange(100.0).reshape(1, 4, 5, 5) / 50),
         "masked row": dict(kv_valid_bs=jnp.array([[False] * 5, [True] * 5])),
+        "prefix": dict(causal=True, prefix=3),
+        "mask": dict(mask_bts=masks.segments(segments, segments)),
     }[case]
     loss = lambda q, how: (attend(q, k, v, implementation=how, **where) ** 2).sum()  # noqa: E731
     for a, b in zip(*(jax.value_and_grad(loss)(q, how) for how in ("xla", "blocks"))):
@@ -129,6 +186,8 @@ def test_errors():
     q, k, v = make()
     with pytest.raises(ValueError, match="both"):
         attend(q, k, v, q_segments_bt=jnp.ones((2, 5), int))
+    with pytest.raises(ValueError, match="q_offset was given as well"):
+        attend(q, k, v, causal=True, prefix=2, q_offset=1)
     with pytest.raises(ValueError, match="'flash9'"):
         attend(q, k, v, implementation="flash9")
 
@@ -150,6 +209,10 @@ def test_choice(monkeypatch, platform, dtype, h, expected):
     assert attention.choose(q, q, q_offset=3) == ("blocks" if platform == "cpu" else "xla")
     one = jax.ShapeDtypeStruct((1, 1, 2, h), dtype)
     assert attention.choose(one, q) == "blocks"
+    assert attention.choose(q, q, prefix=7) == expected
+    mask = jax.ShapeDtypeStruct((1, 256, 256), "bool")
+    dense = attention.choose(q, q, mask_bts=mask)
+    assert dense == ("xla" if expected == "splash" else expected)
 
 
 def test_cudnn_gets_padded_heads_no_causal_mask_and_the_true_scale(monkeypatch):
@@ -177,9 +240,12 @@ def test_cudnn_gets_padded_heads_no_causal_mask_and_the_true_scale(monkeypatch):
     out = attend(q, k, v, kv_valid_bs=valid, implementation="cudnn")
     assert calls[1][1].shape == (2, 1, 1, 6)
     close(out, plain(q, k, v, valid[:, None]))
+    out = attend(q, k, v, causal=True, prefix=3, implementation="cudnn")
+    assert calls[2][1].shape == (1, 1, 6, 6) and not calls[2][3]
+    close(out, plain(q, k, v, masks.prefix(6, 3)[None]))
 
 
-@pytest.mark.parametrize("case", ["plain", "segments", "padding"])
+@pytest.mark.parametrize("case", ["plain", "segments", "padding", "prefix"])
 def test_splash_interpreted(monkeypatch, case):
     # The TPU kernel, run by the interpreter: padding, scale, segments and grouped heads.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
@@ -195,5 +261,7 @@ def test_splash_interpreted(monkeypatch, case):
         where.update(q_segments_bt=segments, kv_segments_bs=segments)
     if case == "padding":
         where.update(kv_valid_bs=jnp.arange(130)[None] < jnp.array([[130], [90]]))
+    if case == "prefix":
+        where.update(prefix=70, kv_valid_bs=jnp.arange(130)[None] < jnp.array([[130], [90]]))
     out = attend(q, k, v, implementation="splash", **where)
     close(out, attend(q, k, v, implementation="xla", **where), 1e-5)

@@ -140,8 +140,7 @@ def dense_mask(
     """The same structure as mask_bts (b may be 1), or None where everything may be read."""
     parts = [] if mask_bts is None else [mask_bts]
     if prefix:
-        open_s = jnp.arange(s) < prefix
-        parts.append((masks.causal(t, s, 0 if q_offset is None else q_offset) | open_s)[None])
+        parts.append(masks.prefix(t, prefix, s, 0 if q_offset is None else q_offset)[None])
     elif causal and t > 1:
         parts.append(masks.causal(t, s, 0 if q_offset is None else q_offset)[None])
     elif causal:
