@@ -1,28 +1,43 @@
-r"""VQGAN: an image tokenizer with downsampling 16 and 8,192 codes, from scratch.
+r"""VQGAN: an image tokenizer with downsampling 16 and 8,192 codes.
 
     python -m vlm_jax.main --config=configs/vqgan_f16.py --workdir=$RUN \
-        --config.data.mixture.photos.path="$DATA/*.tar"
+        --config.data.mixture.photos.path="$DATA/train-*.tar" \
+        --config.evals.heldout.data.mixture.photos.path="$DATA/heldout-*.tar"
+
+    python -m vlm_jax.main --config=configs/vqgan_f16.py:decoder --workdir=$RUN2 \
+        --config.init.upstream=$TOKENIZER ...                      # and both paths, as above
 
     python -m vlm_jax.main --config=configs/vqgan_f16.py:tiny --workdir=runs/vqgan     # any laptop
+    python -m vlm_jax.main --config=configs/vqgan_f16.py:tiny_decoder --workdir=runs/decoder
 
 The sizes of the full form are those of the released f16-8192 tokenizer. How that one was trained is
-not published; the numbers here are those of its family (MaskGIT: batch 256, learning rate 1e-4,
-Adam 0.9/0.99, weight average 0.999, entropy penalty 0.1 at temperature 0.01). Reconstruction and
-codebook losses only; no perceptual or adversarial term yet.
+not published; the numbers here are those of its family. Of MaskGIT: batch 256, learning rate 1e-4,
+Adam 0/0.99, weight average 0.999, entropy penalty 0.1 at temperature 0.01. Of taming-transformers:
+LPIPS with weight 1, PatchGAN with hinge loss and adaptive weight 0.8, starting late.
+
+`:decoder` trains only the decoder of a tokenizer that exists (Muse, arXiv 2301.00704, sec. 2.8):
+encoder and codebook stay, so every id keeps its meaning and language models need no new data.
 
 `:tiny` trains a network of 0.7 M parameters on real photos and video frames of 64x64 pixels. It
 downsamples by 4 only (256 tokens of 1,024 codes per image, as many tokens as the full form has): at
 16, sixteen tokens could not carry a photo. The package ships the tokenizer that this very recipe
-made (vlm_jax/assets/vqgan_tiny).
+made (vlm_jax/assets/vqgan_tiny). `:tiny_decoder` goes on with the decoder of that one, with LPIPS
+(first three stages) and the discriminator.
+
+No full form has been run to its end.
 """
 
 import ml_collections
 
+FORMS = ("", "decoder", "tiny", "tiny_decoder")
+DECODER_ONLY = r"^(decoder|post_quant_conv|discriminator)/"
+
 
 def get_config(arg=""):
-    if arg not in ("", "tiny"):
-        raise ValueError(f"vqgan_f16: argument {arg!r} is neither '' nor 'tiny'")
-    return tiny() if arg else full()
+    if arg not in FORMS:
+        known = ", ".join(map(repr, FORMS))
+        raise ValueError(f"vqgan_f16: argument {arg!r} is none of {known}")
+    return {"": full, "decoder": decoder, "tiny": tiny, "tiny_decoder": tiny_decoder}[arg]()
 
 
 def full():
@@ -32,12 +47,18 @@ def full():
     c.task = dict(
         l1_weight=1.0, l2_weight=0.0, quantizer_weight=1.0, factor_on="commitment",
         entropy_weight=0.1, entropy_temperature=0.01,
+        perceptual_weight=1.0, perceptual_stages=5, perceptual_dtype="bfloat16",
+        perceptual_vgg="", perceptual_heads="",
+        gan_weight=0.8, gan_adaptive=True, gan_start=100_000, gan_loss="hinge", r1_weight=0.0,
+        disc_width=64, disc_layers=3, disc_groups=32,
+        revive_every=0, revive_floor=0.05, revive_decay=0.9, revive_rows=64,
     )  # fmt: skip
     c.formatter = dict(size=256, crop="random", min_crop=0.8, flip=True)
     c.data = dict(mixture=dict(photos=dict(type="tar", path="", weight=1.0)), packing="none")
     c.optim = dict(
         lr=1e-4, end_lr=1e-5, warmup_steps=5_000, decay_steps=0, weight_decay=0.0, decay=".*",
-        b1=0.9, b2=0.99, clip_norm=1.0, trainable=".*", ema=0.999,
+        b1=0.0, b2=0.99, clip_norm=1.0, trainable="^(?!perceptual|codebook_usage)", ema=0.999,
+        lr_scale={"^discriminator/": 1.0},
     )  # fmt: skip
     c.mesh = dict(data=-1, fsdp=1, tensor=1)
     c.init = dict(run="", upstream="", random="")
@@ -45,8 +66,30 @@ def full():
         steps=1_000_000, batch_size=256, accumulate=1, seed=0,
         log_every=50, save_every=2_000, keep_last=3, milestone_every=50_000,
         tensorboard=True, wandb="",
+        guards=dict(
+            codes=codes_in_use(400.0, after=10_000, patience=1_000),
+            latents=latents_bounded(),
+            discriminator=discriminator_beatable(after=110_000, patience=5_000),
+        ),
     )  # fmt: skip
-    c.evals = dict()
+    # Not every path need be given: without held-out pictures, set evals to {}.
+    c.evals = dict(
+        heldout=dict(
+            type="reconstruction", predict="reconstruct", codes=8192, every=5_000, batch_size=64,
+            max_batches=80, ssim=True, lpips=True, frechet=True, layer="relu5_3",
+            data=dict(mixture=dict(photos=dict(type="tar", path="")), packing="none"),
+        ),
+    )  # fmt: skip
+    return c
+
+
+def decoder():
+    c = full()
+    c.task.update(quantizer_weight=0.0, entropy_weight=0.0, gan_start=0)
+    c.optim.update(lr=5e-5, warmup_steps=1_000, trainable=DECODER_ONLY)
+    c.init.random = "^discriminator/"
+    c.train.steps = 200_000
+    c.train.guards = dict(discriminator=discriminator_beatable(after=10_000, patience=5_000))
     return c
 
 
@@ -86,11 +129,55 @@ def tiny():
         steps=1_500, batch_size=8, accumulate=1, seed=0,
         log_every=20, save_every=300, keep_last=2, milestone_every=0,
         tensorboard=True, wandb="",
+        guards=dict(codes=codes_in_use(20.0, after=300, patience=200), latents=latents_bounded()),
     )  # fmt: skip
     c.evals = dict(
         heldout=dict(
             type="reconstruction", predict="reconstruct", codes=1024, every=300, batch_size=8,
-            data=heldout,
+            ssim=True, data=heldout,
         ),
     )  # fmt: skip
     return c
+
+
+def tiny_decoder():
+    c = tiny()
+    c.task = dict(
+        l1_weight=1.0, l2_weight=0.0, quantizer_weight=0.0, factor_on="commitment",
+        perceptual_weight=1.0, perceptual_stages=3,
+        gan_weight=0.8, gan_adaptive=True, gan_start=100, gan_loss="hinge",
+        disc_width=32, disc_layers=2, disc_groups=8,
+    )  # fmt: skip
+    c.optim.update(
+        lr=1e-3, warmup_steps=20, b1=0.5, trainable=DECODER_ONLY,
+        lr_scale={"^discriminator/": 0.5},
+    )  # fmt: skip
+    c.init = dict(run="", upstream="tiny", random="^discriminator/")
+    c.train.update(steps=300, save_every=100)
+    c.train.guards = dict(discriminator=discriminator_beatable(after=200, patience=200))
+    c.evals.heldout.update(every=100, lpips=True, frechet=True, layer="relu3_3")
+    return c
+
+
+def codes_in_use(least, after, patience):
+    return dict(
+        metric="batch_code_perplexity", min=least, after=after, patience=patience,
+        reason="The codebook collapses: raise task.entropy_weight, set task.revive_every, or give "
+        "quantize/embedding a larger learning rate by optim.lr_scale",
+    )  # fmt: skip
+
+
+def latents_bounded():
+    return dict(
+        metric="latent_rms", max=100.0, patience=100,
+        reason="The latents run away from their codes: lower optim.lr, or raise "
+        "task.quantizer_weight or model.commitment_cost",
+    )  # fmt: skip
+
+
+def discriminator_beatable(after, patience):
+    return dict(
+        metric="disc/decided", max=0.95, after=after, patience=patience,
+        reason="The discriminator is sure of nearly every patch and teaches nothing: lower its "
+        "learning rate (optim.lr_scale), set task.r1_weight, or start later (task.gan_start)",
+    )  # fmt: skip

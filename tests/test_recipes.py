@@ -41,8 +41,11 @@ def read(name, tmp_path, *overrides):
     return run.read_recipe(values["config"].value, tmp_path)
 
 
-@pytest.mark.parametrize("form", ["", ":tiny"])
-@pytest.mark.parametrize("name", RECIPES)
+FORMS = [(name, form) for name in RECIPES for form in ("", ":tiny")]
+FORMS += [("vqgan_f16", ":decoder"), ("vqgan_f16", ":tiny_decoder")]
+
+
+@pytest.mark.parametrize("name, form", FORMS)
 def test_sections_shapes_and_shardings(name, form, tmp_path):
     recipe = read(f"{name}.py{form}", tmp_path)
     system = task_lib.resolve(recipe.system, "systems")
@@ -143,6 +146,7 @@ TINY = {
         "--config.optim.warmup_steps=2",
     ],
     "vqgan_f16": [],
+    "vqgan_f16.py:tiny_decoder": ["--config.task.gan_start=2"],
 }
 
 
@@ -151,7 +155,7 @@ TINY = {
 def test_tiny_trains_stops_resumes_and_evaluates(name, tmp_path, demo_data):
     """On real input. The continued run must give the bits of the uninterrupted one."""
     common = [
-        f"--config=configs/{name}.py:tiny",
+        f"--config=configs/{name if ':' in name else f'{name}.py:tiny'}",
         "--config.train.steps=6",
         "--config.train.log_every=1",
         "--config.train.save_every=3",

@@ -1,13 +1,17 @@
-"""What survives a tokenizer: PSNR, use of the codebook, and a picture to look at."""
+"""What survives a tokenizer: closeness to the photo, use of the codebook, pictures to look at."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import numpy as np
 
 from vlm_jax.data import images
-from vlm_jax.metrics import image_quality
+from vlm_jax.metrics import frechet as frechet_lib
+from vlm_jax.metrics import image_quality, perceptual
+from vlm_jax.models import vgg
+from vlm_jax.weights import lpips as lpips_weights
 
 
 @dataclasses.dataclass
@@ -19,6 +23,11 @@ class Evaluator:
       codes: size of the codebook; codes that never occur count as unused.
       columns, rows: of the picture; one row is a row of originals and one of reconstructions.
       cell: side of an image in the picture, in pixels.
+      ssim: structural similarity too (sides of 11 pixels at least).
+      lpips: LPIPS too; reads the weights of VGG16.
+      frechet: distance between the sets of photos and reconstructions too.
+      layer: the features of `frechet`, one of `models.vgg.LAYERS`.
+      vgg, heads: files with the weights; see `weights.lpips.load`.
     """
 
     predict: str = "reconstruct"
@@ -26,40 +35,82 @@ class Evaluator:
     columns: int = 8
     rows: int = 3
     cell: int = 96
+    ssim: bool = False
+    lpips: bool = False
+    frechet: bool = False
+    layer: str = "relu5_3"
+    vgg: str = ""
+    heads: str = ""
 
     needs = ("image01", "recon01", "ids")
+
+    def __post_init__(self):
+        if self.layer not in vgg.LAYERS:
+            raise ValueError(f"layer={self.layer!r} is none of {', '.join(vgg.LAYERS)}")
 
     def run(self, *, task, predict, batches, read, out_dir) -> dict[str, float]:
         """Writes `reconstructions.png`; returns scalars:
 
-        psnr             mean over images, dB
-        code_usage       share of the codes that occur
-        code_perplexity  exp of the entropy of the code frequencies; at most `codes`
+        psnr                   mean over images, dB
+        ssim, lpips            means over images
+        frechet_vgg16_<layer>  between photos and reconstructions; not FID, see `metrics.frechet`
+        code_usage             share of the codes that occur
+        code_perplexity        exp of the entropy of the code frequencies; at most `codes`
 
         Raises:
           ValueError: no readable image.
+          DownloadError, WeightsError: the weights of VGG16 cannot be had.
         """
-        scores, shown = [], []
-        counts_e = np.zeros(self.codes, np.int64)
+        measures = self._measures()
+        scores = {name: [] for name in measures}
+        describe, photos, decoded = None, frechet_lib.Moments(), frechet_lib.Moments()
+        if self.frechet:
+            describe = perceptual.Vgg16Features(self._weights(), self.layer)
+        shown, count, counts_e = [], 0, np.zeros(self.codes, np.int64)
         for batch in batches:
             outputs, valid = predict(batch), batch["valid"]
             image01, recon01 = outputs["image01"][valid], outputs["recon01"][valid]
-            scores.append(image_quality.psnr(image01, recon01))
+            count += len(image01)
+            for name, measure in measures.items():
+                scores[name].extend(measure(image01, recon01))
+            if describe:
+                photos.add(describe(image01))
+                decoded.add(describe(recon01))
             counts_e += np.bincount(outputs["ids"][valid].ravel(), minlength=self.codes)
             for pair in zip(image01, recon01):
                 if len(shown) < self.columns * self.rows:
                     shown.append([images.to_u8(x) for x in pair])
-        if not sum(map(len, scores)):
+        if not count:
             raise ValueError("reconstruction: the evaluation data hold no readable image")
         if out_dir is not None:
             (out_dir / "reconstructions.png").write_bytes(images.encode(self._draw(shown)))
         p_e = counts_e[counts_e > 0] / counts_e.sum()
-        return {
-            "psnr": float(np.concatenate(scores).mean()),
+        results = {name: float(np.mean(values)) for name, values in scores.items()}
+        if describe:
+            results[f"frechet_vgg16_{self.layer}"] = frechet_lib.distance(photos, decoded)
+            if photos.is_singular and out_dir is not None:
+                print(
+                    f"[eval] frechet_vgg16_{self.layer} of {count} images and "
+                    f"{np.size(photos.mean)} features is biased upwards; compare it only with "
+                    f"values of the same images",
+                    file=sys.stderr,
+                )
+        return results | {
             "code_usage": float((counts_e > 0).mean()),
             "code_perplexity": float(np.exp(-np.sum(p_e * np.log(p_e)))),
-            "images": float(sum(map(len, scores))),
+            "images": float(count),
         }
+
+    def _measures(self):
+        measures = {"psnr": image_quality.psnr}
+        if self.ssim:
+            measures["ssim"] = image_quality.ssim
+        if self.lpips:
+            measures["lpips"] = perceptual.Lpips(self._weights())
+        return measures
+
+    def _weights(self):
+        return lpips_weights.load(self.vgg, self.heads)
 
     def _draw(self, shown):
         rows, labels = [], []
