@@ -68,14 +68,14 @@ def test_labels_of_another_shard_are_refused(tmp_path):
 
 def test_splits_of_the_paper(tmp_path):
     write_shard(tmp_path / "coco" / "coco_valid" / "0.tar", {"a": "x"})
-    source = sources.make_source(type="caption_shards", root=str(tmp_path), split="coco_valid")
+    source = sources.make_source(type="caption_shards", path=str(tmp_path), split="coco_valid")
     assert len(source) == 1
     with pytest.raises(records.DataError, match="no split 'coco_test'; known: cc3m_train"):
-        caption_shards.CaptionShards(root=str(tmp_path), split="coco_test")
+        caption_shards.CaptionShards(path=str(tmp_path), split="coco_test")
     with pytest.raises(records.DataError, match="'sbu_train' should be in .*sbu/sbu"):
-        caption_shards.CaptionShards(root=str(tmp_path), split="sbu_train")
-    with pytest.raises(records.DataError, match="either path, or root and split"):
-        caption_shards.CaptionShards()
+        caption_shards.CaptionShards(path=str(tmp_path), split="sbu_train")
+    with pytest.raises(records.DataError, match="path is empty"):
+        caption_shards.CaptionShards("", split="sbu_train")
     with pytest.raises(records.DataError, match="holds no .tar"):
         (tmp_path / "empty").mkdir()
         caption_shards.CaptionShards(str(tmp_path / "empty"))

@@ -114,6 +114,15 @@ def test_files(tmp_path, capsys):
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
 
 
+def test_labels_are_first_embedded_all_at_once(monkeypatch):
+    calls = []
+    embed = text_embedder.load("minilm")
+    monkeypatch.setattr(text_embedder, "load", lambda name: lambda w: calls.append(w) or embed(w))
+    run(evaluator(), Task(ANSWERS, REFERENCES), [batch_of(0), batch_of(1)])
+    assert set(calls[0]) == {"", "puppy", "dog", "car", "sky", "cat"}
+    assert all(set(call) <= set(calls[0]) for call in calls)
+
+
 def test_table_beside_the_paper():
     found = label_match.Evaluator(published="coco").table(
         dict(recall=0.5, precision=0.25, f1=1 / 3, images=7, frequent_recall=0.1,

@@ -34,8 +34,8 @@ class CaptionShards:
     """Random-access source of the samples, with `labels` where they were extracted.
 
     Args:
-      path: of the shards, see `find_shards`; or
-      root, split: a folder that holds the data sets, and a key of `SPLITS`.
+      path: of the shards, see `find_shards`; with a split, the folder that holds all data sets.
+      split: a key of `SPLITS`; "" reads `path` itself.
       labels: folder that `tools/extract_labels` wrote; "" leaves the captions to the formatter.
 
     Raises:
@@ -44,15 +44,14 @@ class CaptionShards:
 
     def __init__(
         self,
-        path: str | os.PathLike | Sequence[str] = "",
+        path: str | os.PathLike | Sequence[str],
         *,
-        root: str = "",
         split: str = "",
         labels: str = "",
     ):
-        if bool(path) == bool(root or split):
-            raise records.DataError("caption shards need either path, or root and split")
-        files = find_shards(path or split_folder(root, split))
+        if not path:
+            raise records.DataError("path is empty; name the folder of the shards")
+        files = find_shards(split_folder(path, split) if split else path)
         self._shards = sources.TarShards([str(file) for file in files])
         self.skipped = self._shards.skipped
         self._labels = None
@@ -97,7 +96,7 @@ class CaptionShards:
         return [self._shards.fingerprint(), self._labels and self._labels.fingerprint()]
 
 
-def split_folder(root: str, split: str) -> pathlib.Path:
+def split_folder(root: str | os.PathLike, split: str) -> pathlib.Path:
     """The folder of one of the paper's splits.
 
     Raises:

@@ -113,6 +113,7 @@ class Evaluator:
         seen = self._collect(task, predict, batches, known)
         if not seen.references:
             raise ValueError("label_match: the evaluation data hold no readable record")
+        embed(seen.words())  # all at once, in few batches; what follows finds them kept
         curves = {
             "k": {name: self._over_k(seen, name, embed) for name in seen.predictions},
             "threshold": {name: self._over_thresholds(seen, name, embed)
@@ -221,6 +222,13 @@ class _Seen:
     references: list[list[str]] = dataclasses.field(default_factory=list)
     ids: list[str] = dataclasses.field(default_factory=list)
     shown_u8: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    def words(self) -> list[str]:
+        """Every label of every method and of the references, and the empty one."""
+        lists = itertools.chain(
+            self.references, *(x for by_k in self.predictions.values() for x in by_k.values())
+        )
+        return list(dict.fromkeys(("", *itertools.chain.from_iterable(lists))))
 
 
 class _Known:
