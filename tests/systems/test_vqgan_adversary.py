@@ -277,3 +277,64 @@ def test_a_run_gives_its_tokenizer_alone():
     tokenizer = vqgan.from_run(task, None, params)
     expected = vqgan.make_task(SMALL).network.abstract()
     assert jax.tree.structure(tokenizer.params) == jax.tree.structure(expected)
+
+
+@pytest.mark.slow
+def test_decoder_training_leaves_every_id(tmp_path):
+    task = vqgan.make_task(SMALL, gan_weight=0.8, quantizer_weight=0.0, **GAME)
+    update, state = start(task, trainable=r"^(decoder|post_quant_conv|discriminator)/")
+    before = jax.tree.map(np.asarray, state["params"])
+    batch, encode = batch_of(), jax.jit(task.predict["encode"])
+    for _ in range(3):
+        state, _ = update(state, batch, jax.random.key(1))
+    for part in ("encoder", "quant_conv", "quantize"):
+        jax.tree.map(np.testing.assert_array_equal, before[part], state["params"][part])
+    kernel = state["params"]["decoder"]["conv_out"]["kernel"]
+    assert np.abs(before["decoder"]["conv_out"]["kernel"] - kernel).max() > 0
+    ids = [encode(params, batch, None)["ids"] for params in (before, state["params"])]
+    np.testing.assert_array_equal(*ids)
+    # What is exported is the tokenizer, without the discriminator.
+    from vlm_jax.weights import export
+
+    export.write(tmp_path, export.native("vqgan", state["params"], task.cfg))
+    loaded = vqgan.load_upstream(str(tmp_path), task)
+    np.testing.assert_array_equal(loaded["decoder"]["conv_out"]["kernel"], kernel)
+    assert "discriminator" not in loaded
+
+
+def test_a_fresh_run_starts_from_pretrained_parts_and_a_tokenizer(tmp_path):
+    """VGG16 from files, the shipped tokenizer, a random discriminator; nothing else."""
+    from safetensors.numpy import save_file
+
+    from tests.weights import test_lpips_weights as files
+    from vlm_jax import checkpoints, starting_point
+
+    tensors, heads = files.torchvision_tensors(stages=2), files.head_tensors()
+    save_file(tensors, tmp_path / "vgg.safetensors")
+    save_file(heads, tmp_path / "heads.safetensors")
+    task = vqgan.make_task(
+        dict(preset="tiny"),
+        perceptual_weight=1.0,
+        perceptual_stages=2,
+        perceptual_vgg=str(tmp_path / "vgg.safetensors"),
+        perceptual_heads=str(tmp_path / "heads.safetensors"),
+        gan_weight=1.0,
+        **GAME,
+    )
+    params = params_of(task)
+
+    def lay(**init):
+        return starting_point.lay_weights(
+            checkpoints.InitConfig(**init), task, params, vqgan.load_upstream
+        )
+
+    laid = lay()
+    kernel = tensors["features.0.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(laid["perceptual"]["vgg"]["conv"]["0"]["kernel"], kernel)
+    assert laid["decoder"] == params["decoder"]
+    laid = lay(upstream="tiny", random="^discriminator/")
+    shipped = vqgan.load_upstream("tiny", task)
+    jax.tree.map(np.testing.assert_array_equal, laid["decoder"], shipped["decoder"])
+    assert laid["discriminator"] == params["discriminator"]
+    with pytest.raises(config_lib.ConfigError, match="would stay random: discriminator/"):
+        lay(upstream="tiny")

@@ -184,6 +184,8 @@ def test_evaluator_counts_codes_and_draws(tmp_path):
     assert scalars["images"] == 2
     picture = images.decode(tmp_path / "reconstructions.png")
     assert picture.shape[0] > 2 * 96
+    with pytest.raises(ValueError, match="layer='relu6_1' is none of relu1_2, relu2_2"):
+        reconstruction.Evaluator(layer="relu6_1")
     with pytest.raises(ValueError, match="no readable image"):
         reconstruction.Evaluator(codes=4).run(
             task=None, predict=None, batches=[], read=None, out_dir=None
@@ -228,3 +230,34 @@ def test_shipped_tokenizer():
     # Trained: a red picture comes back reddish.
     red, green, blue = decoded[0].mean((0, 1))
     assert red > green + 0.2 and red > blue + 0.2
+
+
+def test_evaluator_measures_what_it_is_asked_for(tmp_path, capsys):
+    from safetensors.numpy import save_file
+
+    from tests.weights import test_lpips_weights as files
+
+    save_file(files.torchvision_tensors(), tmp_path / "vgg.safetensors")
+    save_file(files.head_tensors(), tmp_path / "heads.safetensors")
+    image01 = np.random.default_rng(0).uniform(size=(3, 16, 16, 3)).astype(np.float32)
+    outputs = dict(image01=image01, recon01=image01, ids=np.zeros((3, 4), np.int32))
+    scalars = reconstruction.Evaluator(
+        codes=4,
+        ssim=True,
+        lpips=True,
+        frechet=True,
+        layer="relu1_2",
+        vgg=str(tmp_path / "vgg.safetensors"),
+        heads=str(tmp_path / "heads.safetensors"),
+    ).run(
+        task=None,
+        predict=lambda batch: outputs,
+        batches=[{"image01": image01, "valid": np.array([True, True, False])}] * 2,
+        read=None,
+        out_dir=tmp_path,
+    )
+    assert scalars["images"] == 4
+    assert scalars["ssim"] == 1.0
+    assert scalars["lpips"] == 0.0
+    assert scalars["frechet_vgg16_relu1_2"] == pytest.approx(0, abs=1e-6)
+    assert "of 4 images and 64 features is biased upwards" in capsys.readouterr().err

@@ -125,6 +125,5 @@ def _unit(x_byxc):
 
 
 def _halve(x_byxc):
-    return lax.reduce_window(
-        x_byxc, jnp.array(-jnp.inf, x_byxc.dtype), lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
-    )
+    # A Python number: with an array, jit does not see that this is a maximum, which has a derivative.
+    return lax.reduce_window(x_byxc, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
