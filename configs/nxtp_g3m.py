@@ -4,8 +4,8 @@ r"""NXTP on G3M (CC3M, SBU, COCO captions), from CLIP ViT-L/14 and LLaMA 7B (arX
         --config.formatter.tokenizer=$LLAMA/tokenizer.model \
         --config.task.tokenizer=$LLAMA/tokenizer.model \
         --config.init.upstream="clip=$CLIP/ViT-L-14.pt,llama=$LLAMA" \
-        --config.data.mixture.cc3m.root=$DATA --config.data.mixture.sbu.root=$DATA \
-        --config.data.mixture.coco.root=$DATA
+        --config.data.mixture.cc3m.path=$DATA --config.data.mixture.sbu.path=$DATA \
+        --config.data.mixture.coco.path=$DATA
 
 Captions become nouns while training; `vlm_jax.tools.extract_labels` does it once for all, and then
 `--config.data.mixture.cc3m.labels=FOLDER`. 1.78 B parameters, of which the last six blocks of the
@@ -55,7 +55,7 @@ def full(corpora, steps, batch_size=512):
         tokenizer="", image_size=224, max_tokens=256, prompts="ten", shuffle=True,
         last_label="released", drop_empty=False, tagger="nltk",
     )  # fmt: skip
-    shards = lambda **fields: dict(type="caption_shards", root="", labels="", **fields)  # noqa: E731
+    shards = lambda **fields: dict(type="caption_shards", path="", labels="", **fields)  # noqa: E731
     c.data = dict(mixture={name: shards(**fields) for name, fields in corpora.items()})
     c.optim = dict(
         lr=1e-5, end_lr=0.0, schedule="cosine", warmup_steps=2_000, decay_steps=steps,
