@@ -125,5 +125,5 @@ def _unit(x_byxc):
 
 
 def _halve(x_byxc):
-    # A Python number: with an array, jit does not see that this is a maximum, which has a derivative.
+    # A Python number: given an array, jit does not see that this is a differentiable maximum.
     return lax.reduce_window(x_byxc, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
