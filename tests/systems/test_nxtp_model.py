@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -87,6 +88,16 @@ def test_complete_file_without_clip(files, golden_nxtp, loaded):
     )
     assert other.cfg == loaded.cfg
     assert other.label(photos[0], k=3)[0][0] == "chair"
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_export_and_load_again(files, loaded, tmp_path, released, monkeypatch):
+    folder = files[0]
+    monkeypatch.setattr(nxtp, "TRAINED_BLOCKS", 1)
+    loaded.export(tmp_path / "out.pth", released=released, dtype="float32")
+    names = dict(clip=str(folder / "clip.pt")) if released else {}
+    again = vlm_jax.load("nxtp", str(tmp_path / "out.pth"), llama=str(folder / "llama"), **names)
+    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
 
 
 def test_what_is_missing_is_named(files, golden_nxtp, tmp_path):

@@ -120,6 +120,18 @@ class Nxtp:
         maps = self._compiled["attention"](self.params, photos[:1], self._prompt[None])
         return np.asarray(maps[:, 0])
 
+    def export(self, path: str | os.PathLike, *, released: bool = False, dtype="float16") -> None:
+        """Writes the .pth that the reference loads; see `weights.nxtp.save_pth`.
+
+        Args:
+          path: of the new file.
+          released: the tensors that the reference trains alone, as in its own files.
+          dtype: of the file.
+        """
+        from vlm_jax.weights import nxtp
+
+        nxtp.save_pth(path, self.params, released=released, dtype=dtype)
+
     def _find(self, photos: np.ndarray, k: int, max_tokens: int) -> one_shot.OneShot:
         """`one_shot.decode` of up to MAX_IMAGES photos; rows behind them are copies."""
         # Powers of two, so that few shapes are compiled.
