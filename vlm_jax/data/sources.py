@@ -226,23 +226,52 @@ class TarShards(_Files):
     def __init__(self, path: str | os.PathLike | Sequence[str], members: Sequence[str] = ()):
         super().__init__(path)
         self._wanted = frozenset(members)
-        self._groups: list[tuple[int, str, dict[str, tuple[int, int]]]] = []
-        for number, file in enumerate(self.paths):
-            index = sidecar.load("tar", sidecar.fingerprint([file]), lambda f=file: _scan_tar(f))
-            groups: dict[str, dict[str, tuple[int, int]]] = {}
-            for name, (offset, size) in zip(index["names"], index["places"]):
-                key, extension = _split_name(str(name))
-                groups.setdefault(key, {})[extension] = (int(offset), int(size))
-            self._groups += [(number, key, members) for key, members in groups.items()]
-            self.skipped += [(f"{file}:{name}", "not a regular file") for name in index["links"]]
+        self._extensions: list[str] = []
+        # Flat arrays: a third of the memory of dicts, and there are sets of 70 million records.
+        tables = [self._table(number, file) for number, file in enumerate(self.paths)]
+        self._files, self._num_members, self._key_sizes, self._members = (
+            np.concatenate(column) for column in list(zip(*tables))[:4]
+        )
+        self._keys = b"".join(table[4] for table in tables)
+        self._first = np.cumsum(self._num_members) - self._num_members
+        self._key_ends = np.cumsum(self._key_sizes)
+
+    def _table(self, number: int, file: pathlib.Path) -> tuple[Any, ...]:
+        """Of one shard: per record (file, members, bytes of the key); members; keys."""
+        index = sidecar.load("tar", sidecar.fingerprint([file]), lambda: _scan_tar(file))
+        self.skipped += [(f"{file}:{name}", "not a regular file") for name in index["links"]]
+        groups: dict[str, dict[str, tuple[int, int]]] = {}
+        for name, (offset, size) in zip(index["names"], index["places"].tolist()):
+            key, extension = _split_name(str(name))
+            groups.setdefault(key, {})[extension] = (offset, size)
+        keys = [key.encode(errors="surrogateescape") for key in groups]
+        members = [
+            (self._code(extension), *place)
+            for group in groups.values()
+            for extension, place in group.items()
+        ]
+        return (
+            np.full(len(groups), number, np.int32),
+            np.array([len(group) for group in groups.values()], np.int64),
+            np.array([len(key) for key in keys], np.int64),
+            np.array(members, np.int64).reshape(-1, 3),
+            b"".join(keys),
+        )
+
+    def _code(self, extension: str) -> int:
+        if extension not in self._extensions:
+            self._extensions.append(extension)
+        return self._extensions.index(extension)
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return len(self._files)
 
     def __getitem__(self, index: int) -> records.Record:
-        file, _, members = self._groups[index]
+        index = range(len(self))[index]
+        file, first = int(self._files[index]), int(self._first[index])
         record: records.Record = {"id": self.record_id(index)}
-        for extension, (offset, size) in members.items():
+        for code, offset, size in self._members[first : first + self._num_members[index]].tolist():
+            extension = self._extensions[code]
             if self._wanted and extension not in self._wanted:
                 continue
             content = self._read_at(file, offset, size)
@@ -256,8 +285,10 @@ class TarShards(_Files):
 
     def record_id(self, index: int) -> str:
         """Shard and key."""
-        file, key, _ = self._groups[index]
-        return f"{self.paths[file]}:{key}"
+        index = range(len(self))[index]
+        end = int(self._key_ends[index])
+        key = self._keys[end - int(self._key_sizes[index]) : end].decode(errors="surrogateescape")
+        return f"{self.paths[int(self._files[index])]}:{key}"
 
 
 _TAR_VALUES = {"json": json.loads, "txt": lambda content: content.decode(), "cls": int}
