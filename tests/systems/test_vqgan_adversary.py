@@ -302,6 +302,7 @@ def test_decoder_training_leaves_every_id(tmp_path):
     assert "discriminator" not in loaded
 
 
+@pytest.mark.slow
 def test_a_fresh_run_starts_from_pretrained_parts_and_a_tokenizer(tmp_path):
     """VGG16 from files, the shipped tokenizer, a random discriminator; nothing else."""
     from safetensors.numpy import save_file
