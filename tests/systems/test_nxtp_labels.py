@@ -1,5 +1,6 @@
 """Captions to nouns: every rule on literals, the golden captions, the taggers."""
 
+import concurrent.futures
 import json
 import pathlib
 
@@ -56,6 +57,14 @@ def test_nltk_agrees_on_all_captions():
         pytest.skip(f"NLTK's data are not on PyPI: {error}")
     for case in CASES:
         assert sorted(labels.extract(case["caption"], tagger)) == wanted(case)
+
+
+def test_threads_agree_from_the_first_caption_on():
+    labels._make_tagger.cache_clear()
+    captions = [case["caption"] for case in CASES] * 10 + ["blorptions of zworks"]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda caption: labels.extract(caption, "textblob"), captions))
+    assert found == [labels.extract(caption, "textblob") for caption in captions]
 
 
 def test_nltk_without_its_data_names_the_command(monkeypatch):

@@ -218,8 +218,10 @@ class _TextBlob:
     def __init__(self):
         self._tag = records.require("textblob.en", "labels").tag
         self._lemmas = records.require("lemminflect", "labels").getLemma
+        # Tables load at first use, those of unknown words apart, and not safely from threads.
         self.tag("two dogs")
         self.lemma("dogs")
+        self.lemma("blorptions")
 
     def tag(self, text):
         return [(word, tag) for word, tag in self._tag(text)] if text else []
