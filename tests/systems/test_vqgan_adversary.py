@@ -184,7 +184,9 @@ def test_both_players_get_their_own_gradient(adaptive):
 
 
 @pytest.mark.slow
-def test_the_game_starts_late():
+@pytest.mark.parametrize("branches", [False, True])
+def test_the_game_starts_late(branches, monkeypatch):
+    monkeypatch.setattr(adversary, "_branches_are_cheap", lambda: branches)
     task = vqgan.make_task(SMALL, gan_weight=0.8, gan_start=2, **GAME)
     update, state = start(task)
     batch, history = batch_of(), []
