@@ -82,20 +82,29 @@ def full(corpora, steps, batch_size=512):
 
 
 def tiny():
-    c = full({}, steps=200, batch_size=16)
+    c = full({}, steps=160, batch_size=16)
     c.model = dict(
-        vision=dict(width=64, depth=3, patch_size=8, image_size=32, num_heads=2),
+        vision=dict(preset="vgg16", image_size=64),
         decoder=dict(preset="smollm2", depth=3, max_tokens=64),
     )
     c.task = dict(k=10, max_tokens=8, delimiter_id=28, tokenizer="smollm2")
-    c.formatter = dict(tokenizer="smollm2", image_size=32, max_tokens=32, last_label="closed")
-    photos = lambda split: dict(type="labelled_photos", photos="tiny", split=split)  # noqa: E731
-    c.data = dict(mixture=dict(photos=photos("train")))
+    c.formatter = dict(
+        tokenizer="smollm2", image_size=64, max_tokens=24, prompts="first", last_label="closed"
+    )
+    photos = lambda split: dict(  # noqa: E731
+        mixture=dict(photos=dict(type="labelled_photos", photos="tiny", split=split))
+    )
+    c.data = photos("train")
     c.optim.update(
         lr=1e-3, warmup_steps=10, decay_steps=0, clip_norm=1.0,
-        trainable=r"^(vision|projection)/|^decoder/(layers|embed/image|final_norm)",
+        trainable=r"^(vision/post_norm|projection)/|^decoder/(layers|embed/image|final_norm)",
     )  # fmt: skip
-    c.init = dict(run="", upstream="llama=smollm2", random=r"^(vision|projection)/")
-    c.train.update(save_every=100, keep_last=2, milestone_every=0, seed=0)
-    c.evals = dict()
+    c.init = dict(run="", upstream="llama=smollm2", random=r"^(vision/post_norm|projection)/")
+    c.train.update(save_every=80, keep_last=2, milestone_every=0, seed=0)
+    c.evals = dict(
+        heldout=dict(
+            type="label_match", predict="one_shot", k=5, ks=(1, 3, 5, 10), batch_size=16, every=0,
+            data={**photos("heldout"), "shuffle": False}, baseline=photos("train"),
+        )
+    )  # fmt: skip
     return c

@@ -80,6 +80,13 @@ class VisionConfig:
         """Patches of an image: the tokens without the class token."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def training_flops(self) -> float:
+        """Of an image, forward and backward through all blocks."""
+        per_token = 6.0 * (4 * self.width**2 + 2 * self.width * self.hidden)
+        per_token += 12 * self.width * (self.num_patches + 1)
+        return self.depth * per_token * (self.num_patches + 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:

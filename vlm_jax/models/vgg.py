@@ -76,7 +76,7 @@ class Vgg16(nnx.Module):
         features, layers = [], iter(self.conv)
         for stage, (count, _) in enumerate(STAGES[: self.cfg.stages]):
             if stage:
-                x_byxc = _halve(x_byxc)
+                x_byxc = halve(x_byxc)
             for _ in range(count):
                 x_byxc = jax.nn.relu(next(layers)(x_byxc))
             features.append(x_byxc)
@@ -124,6 +124,7 @@ def _unit(x_byxc):
     return x_byxc / (jnp.sqrt(jnp.maximum(square_byx1, 1e-20)) + 1e-10)
 
 
-def _halve(x_byxc):
+def halve(x_byxc):
+    """The maximum of every 2x2 pixels."""
     # A Python number: given an array, jit does not see that this is a differentiable maximum.
     return lax.reduce_window(x_byxc, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")

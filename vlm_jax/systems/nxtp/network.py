@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from vlm_jax.models import clip, llama
+from vlm_jax.models import clip, llama, vgg_tower
 from vlm_jax.nn import functional
 from vlm_jax.ops import attention, partition, rope
 
@@ -31,7 +31,7 @@ NUM_ADDED = 2  # ids behind the vocabulary: image marker, then empty
 class NxtpConfig:
     """Sizes of both halves; `decoder.vocab_size` counts the two added tokens."""
 
-    vision: clip.VisionConfig
+    vision: clip.VisionConfig | vgg_tower.VggTowerConfig
     decoder: llama.LlamaConfig
 
     def __post_init__(self):
@@ -67,10 +67,13 @@ DECODERS = {  # paper, table 3; 1.78 B parameters with six blocks
     "smollm2": dataclasses.replace(_SMOLLM2, vocab_size=_SMOLLM2.vocab_size + NUM_ADDED),
     "tiny": llama.LlamaConfig(64 + NUM_ADDED, 32, 2, 64, 2, rms_eps=1e-5, max_tokens=128),
 }
-VISIONS = clip.VISION_PRESETS
+VISIONS = {**clip.VISION_PRESETS, **vgg_tower.PRESETS}
 
 SHARDING_RULES = (
-    *((rule.replace("^", "^vision/", 1), spec) for rule, spec in clip.SHARDING_RULES),
+    *(
+        (rule.replace("^", "^vision/", 1), spec)
+        for rule, spec in (*clip.SHARDING_RULES, *vgg_tower.SHARDING_RULES)
+    ),
     (r"^projection/kernel$", P("fsdp", None)),
     (r"^decoder/embed/(image|empty)$", P()),
     *((rule.replace("^", "^decoder/", 1), spec) for rule, spec in llama.SHARDING_RULES),
@@ -82,7 +85,8 @@ class ImageHalf(nnx.Module):
 
     def __init__(self, cfg: NxtpConfig, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.vision = clip.VisionTower(cfg.vision, rngs)
+        clips = isinstance(cfg.vision, clip.VisionConfig)
+        self.vision = (clip.VisionTower if clips else vgg_tower.VggTower)(cfg.vision, rngs)
         self.projection = Projection(cfg, rngs)
 
     def image_vectors(self, image_byxc):

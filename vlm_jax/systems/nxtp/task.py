@@ -30,6 +30,7 @@ from vlm_jax.ops import losses, masks
 from vlm_jax.systems.nxtp import labels as labels_lib
 from vlm_jax.systems.nxtp import network as network_lib
 from vlm_jax.systems.nxtp import vocabulary
+from vlm_jax.weights import lpips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,12 @@ class NxtpTask:
     def init(self, rng: jax.Array) -> functional.Params:
         """Random parameters."""
         return self.network.init(rng)
+
+    def pretrained(self) -> dict[str, Any]:
+        """The published VGG16, where it is the tower; CLIP comes with `init.upstream`."""
+        if isinstance(self.cfg.vision, clip.VisionConfig):
+            return {}
+        return {"vision": {"vgg": lpips.load(stages=self.cfg.vision.stages)["vgg"]}}
 
     def loss(self, params, batch, rng):
         """(loss, metrics) of a batch; see the table in `format.py`. Mean over all its targets."""
@@ -205,10 +212,7 @@ class NxtpTask:
         rows, length = batch["tokens"].shape
         length += self.cfg.num_image
         decoder = llama.flops_per_token(self.cfg.decoder, length, causal_half=False)
-        v = self.cfg.vision
-        per_block = 4 * v.width**2 + 2 * v.width * v.hidden
-        tower = v.depth * (6.0 * per_block + 12 * v.width * (v.num_patches + 1))
-        return rows * (length * decoder + (v.num_patches + 1) * tower)
+        return rows * (length * decoder + self.cfg.vision.training_flops)
 
     def _score(self, params, batch, rng):
         del rng
@@ -249,8 +253,9 @@ def make_task(model: Mapping[str, Any], **task: Any) -> NxtpTask:
             f"unknown key model.{unknown[0]}; the parts are model.vision and model.decoder"
         )
     parts = {}
+    tower = network_lib.VISIONS.get(halves.get("vision", {}).get("preset", ""))
     for name, cls, presets in (
-        ("vision", clip.VisionConfig, network_lib.VISIONS),
+        ("vision", type(tower) if tower else clip.VisionConfig, network_lib.VISIONS),
         ("decoder", llama.LlamaConfig, network_lib.DECODERS),
     ):
         try:
