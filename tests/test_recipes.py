@@ -146,7 +146,10 @@ TINY = {
         "--config.optim.warmup_steps=2",
     ],
     "vqgan_f16": [],
-    "vqgan_f16.py:tiny_decoder": ["--config.task.gan_start=2"],
+    "vqgan_f16.py:tiny_decoder": [
+        "--config.task.gan_start=2",
+        "--config.evals.heldout.max_batches=1",
+    ],
 }
 
 
