@@ -24,7 +24,7 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
 }
-EXTRAS["demo"] = EXTRAS["data"] + EXTRAS["logging"]
+EXTRAS["demo"] = [*EXTRAS["data"], *EXTRAS["logging"], "tokenizers>=0.20"]
 EXTRAS["test"] = [
     "pytest>=8",
     "ruff>=0.8",

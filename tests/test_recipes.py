@@ -43,6 +43,7 @@ def read(name, tmp_path, *overrides):
 
 FORMS = [(name, form) for name in RECIPES for form in ("", ":tiny")]
 FORMS += [("vqgan_f16", ":decoder"), ("vqgan_f16", ":tiny_decoder")]
+FORMS += [("lvm_3b", ":small"), ("lvm_3b", ":reference")]
 
 
 @pytest.mark.parametrize("name, form", FORMS)
@@ -65,7 +66,7 @@ def test_sections_shapes_and_shardings(name, form, tmp_path):
 
 def test_a_recipe_refuses_another_argument(tmp_path):
     with pytest.raises((ValueError, flags.Error), match="neither '' nor 'tiny'"):
-        read("lvm_3b.py:small", tmp_path)
+        read("lvm_3b.py:huge", tmp_path)
 
 
 # Compiles the update of every preset on 8 devices, without allocating anything. In a process of
