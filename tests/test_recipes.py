@@ -20,7 +20,7 @@ from vlm_jax import task as task_lib
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py"))
-PARAMETERS = {  # specification of LVM, section 3.1, and of the released tokenizer, 2.1
+PARAMETERS = {  # counted from the upstream configurations
     "lvm_300m": 290_968_576,
     "lvm_600m": 648_396_288,
     "lvm_1b": 1_147_119_616,

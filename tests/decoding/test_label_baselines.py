@@ -71,21 +71,21 @@ def test_reference_greedy(io, penalty):
     np.testing.assert_array_equal(mask, io[f"{tag}_last_step_mask"][:, 0])
 
 
+@jax.jit
+def logits_after(params, prefix, ids, row):
+    """Logits at one row, over the causal mask and without a cache."""
+    module = decoder()[1].bind(params)
+    x = jnp.concatenate([prefix, module.embed(ids)], axis=1)
+    hidden, _ = module.transform(x, prefix_block=IMAGE)
+    return module.logits(hidden[:, row][:, None])[:, 0]
+
+
 def by_steps(prefix, num_new, penalty):
-    """Greedy over the causal mask, every sequence from its start for every token."""
-    params, fn = decoder()
-
-    @jax.jit
-    def logits_of(params, ids, row):
-        module = fn.bind(params)
-        x = jnp.concatenate([prefix, module.embed(ids)], axis=1)
-        hidden, _ = module.transform(x, prefix_block=IMAGE)
-        return module.logits(hidden[:, row][:, None])[:, 0]
-
+    """Greedy, every sequence from its start for every token."""
     ids, probs = np.zeros((len(prefix), num_new), int), []
     for i in range(num_new):
-        logits = np.array(logits_of(params, ids, prefix.shape[1] - 1 + i))
-        for b, row in enumerate(logits if penalty else ()):
+        logits = np.array(logits_after(decoder()[0], prefix, ids, prefix.shape[1] - 1 + i))
+        for b, row in enumerate(logits):
             row[np.unique(ids[b, :i])] /= penalty
         ids[:, i] = logits.argmax(1)
         probs.append(np.asarray(jax.nn.softmax(logits)).max(1))
@@ -107,23 +107,18 @@ def test_cached_greedy_equals_recomputing(io):
 @pytest.mark.parametrize("form", [{}, {"delimiter_id": DELIMITER}])
 def test_sampling(io, form):
     prefix = io["prefill_input_embeds"]
-    sampler = sampling.Sampler(top_k=5)
-    options = dict(num_new=4, sampler=sampler, penalty=0, num_samples=8, **form)
+    options = dict(num_new=3, sampler=sampling.Sampler(top_k=5), penalty=0, num_samples=8, **form)
     ids, probs = sequence(prefix, **options)
-    assert ids.shape == probs.shape == (4, 8, 4)
-    best = np.argsort(-io["prefill_logits_last"])[:, :5]
-    for row, first, p in zip(best, ids[..., 0], probs[..., 0]):
-        assert set(first) <= set(row) and len(set(first)) > 1
-        assert (0 < p).all() and (p < 1).all()
+    assert ids.shape == probs.shape == (4, 8, 3)
+    logits = io["prefill_logits_last"]
+    best = np.argsort(-logits)[:, :5]
+    for row, top, first, p in zip(logits, best, ids[..., 0], probs[..., 0]):
+        assert set(first) <= set(top) and len(set(first)) > 1
+        np.testing.assert_allclose(p, np.exp(row[first]) / np.exp(row[top]).sum(), rtol=1e-4)
     again, _ = sequence(prefix, **options)
     np.testing.assert_array_equal(again, ids)
     other, _ = sequence(prefix, jax.random.key(1), **options)
     assert (other != ids).any()
-    one = sampling.Sampler(top_k=1)
-    ids, probs = sequence(prefix, num_new=4, sampler=one, penalty=0, **form)
-    greedy, _ = sequence(prefix, num_new=4, penalty=0, **form)
-    np.testing.assert_array_equal(ids, greedy)
-    assert (probs == 1).all()
 
 
 @pytest.mark.parametrize("p", ["0.5", "0.9"])
@@ -141,28 +136,18 @@ def test_reference_beams(io, penalty):
         want = io[f"beam3_penalty{penalty}_tokens_{i}"][0]
         assert want[-1] == 2  # appended to what did not end
         np.testing.assert_array_equal(found.ids_bwt[i, 0], want[:-1])
-    if penalty == 0:
-        alone = search(io["prefill_input_embeds"][2:3], prompt[:1], **options)
-        np.testing.assert_array_equal(alone.ids_bwt[0], found.ids_bwt[2])
 
 
 def exhaustive(prefix, num_new, width, end_id):
     """The same search in plain Python on whole sequences."""
-    params, fn = decoder()
-
-    @jax.jit
-    def logp_of(params, ids, row):
-        module = fn.bind(params)
-        x = jnp.concatenate([jnp.repeat(prefix, len(ids), 0), module.embed(ids)], axis=1)
-        hidden, _ = module.transform(x, prefix_block=IMAGE)
-        return jax.nn.log_softmax(module.logits(hidden[:, row][:, None])[:, 0])
-
     beams, finished = [(0.0, [])], []
     for i in range(num_new):
         ids = np.zeros((width, num_new), int)
         for row, (_, tokens) in zip(ids, beams):
             row[: len(tokens)] = tokens
-        logp = np.asarray(logp_of(params, ids, prefix.shape[1] - 1 + i))
+        rows = np.repeat(prefix, width, axis=0)
+        logits = logits_after(decoder()[0], rows, ids, prefix.shape[1] - 1 + i)
+        logp = np.asarray(jax.nn.log_softmax(logits))
         more = [
             (total + logp[w, t], [*tokens, int(t)])
             for w, (total, tokens) in enumerate(beams)

@@ -115,7 +115,7 @@ def resize(image_u8: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     """Stretches to `size` (a side, or height and width), ignoring the aspect ratio.
 
     Pillow's antialiased bicubic itself: it rounds to 8 bits between its two passes, and a float
-    resize differs in enough pixels to change tokens. (spec 2.6, 8.2)
+    resize differs in enough pixels to change tokens.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if image_u8.shape[:2] == (height, width):
@@ -137,7 +137,7 @@ def to_u8(image01: np.ndarray, *, truncate: bool = False) -> np.ndarray:
 
 def grey(image01: np.ndarray) -> np.ndarray:
     """Grey with the reference's weights, in three equal channels."""
-    value = image01 @ np.array([0.2989, 0.5870, 0.1140], np.float32)  # spec 4.1, colorization
+    value = image01 @ np.array([0.2989, 0.5870, 0.1140], np.float32)  # upstream: colorization script
     return np.repeat(value[..., None], 3, axis=-1).astype(np.float32)
 
 

@@ -3,7 +3,7 @@
 Rows are endless and any row is found directly: a run resumes, and a host takes its own rows,
 without reading what stands before.
 
-"stream", the reference's packing (spec 5.3): documents are laid end to end in epoch after epoch,
+"stream", the reference's packing (upstream: EasyLM/data.py): documents are laid end to end in epoch after epoch,
 and row r holds the ids [rT, rT+T) with the ids [rT+1, rT+T] as targets. Sentences straddle rows;
 attention is not blocked at their borders. With T = 4 and the documents abc, de, fghij:
 

@@ -1,6 +1,6 @@
 """Perplexity of held-out tokens, beside the perplexity of guessing.
 
-Protocol of LVM (specs: log-softmax over the whole vocabulary, only targets are scored): a row's
+Protocol of LVM (log-softmax over the whole vocabulary, only targets are scored): a row's
 perplexity is exp(mean negative log-likelihood of its targets), the result is the arithmetic mean
 over rows. `token_perplexity`, exp of the mean over all targets, is printed too: it is what compares
 with the baselines, which know nothing of rows:

@@ -31,7 +31,7 @@ from vlm_jax.data import packing, records
 
 @dataclasses.dataclass(frozen=True)
 class Formatter:
-    """Record -> ids and weights, by the reference's field language (spec 5.2).
+    """Record -> ids and weights, by the reference's field language (upstream: EasyLM/data.py).
 
     Attributes:
       max_tokens: T, tokens of a row.
