@@ -137,7 +137,7 @@ def to_u8(image01: np.ndarray, *, truncate: bool = False) -> np.ndarray:
 
 def grey(image01: np.ndarray) -> np.ndarray:
     """Grey with the reference's weights, in three equal channels."""
-    value = image01 @ np.array([0.2989, 0.5870, 0.1140], np.float32)  # upstream: colorization script
+    value = image01 @ np.array([0.2989, 0.5870, 0.1140], np.float32)  # upstream: its script
     return np.repeat(value[..., None], 3, axis=-1).astype(np.float32)
 
 
