@@ -4,8 +4,9 @@ Rows are endless and any row is found directly: a run resumes, and a host takes 
 without reading what stands before.
 
 "stream", the reference's packing (upstream: EasyLM/data.py): documents are laid end to end in epoch
-after epoch, and row r holds the ids [rT, rT+T) with the ids [rT+1, rT+T] as targets. Sentences straddle rows;
-attention is not blocked at their borders. With T = 4 and the documents abc, de, fghij:
+after epoch, and row r holds the ids [rT, rT+T) with the ids [rT+1, rT+T] as targets. Sentences
+straddle rows; attention is not blocked at their borders. With T = 4 and the documents abc, de,
+fghij:
 
     tokens    a b c d   e f g h   i j a b        segments  1 1 1 1 ...
     targets   b c d e   f g h i   j a b c        positions 0 1 2 3 ...
