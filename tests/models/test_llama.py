@@ -202,6 +202,18 @@ def test_impossible_configs():
         dataclasses.replace(TINY, fused=True)
 
 
+def test_a_mask_instead_of_the_causal_order():
+    tokens = np.arange(14).reshape(2, 7)
+    triangle = np.tri(7, dtype=bool)[None]
+    params = random_params(TINY)
+    want = apply(TINY, params, "__call__", tokens).logits
+    got = apply(TINY, params, "__call__", tokens, mask_bts=triangle).logits
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    with pytest.raises(ValueError, match="mask_bts and cache"):
+        apply(TINY, params, "__call__", tokens, mask_bts=triangle,
+              cache=llama.make_cache(TINY, 2, 7))  # fmt: skip
+
+
 # ---- layouts, packing, cache -----------------------------------------------------------------
 
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 12))

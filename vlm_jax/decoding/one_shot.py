@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 
 PAD_ID = -1  # in ids_bkt, after the end of a label
-_NARROWEST = 8  # ours: fewer rows cost a step no less
-_SHRINK = 4  # ours: compile time grows with every width
+# ours: a step of fewer rows costs no less, and compile time grows with every width.
+_NARROWEST = 8
+_SHRINK = 4
 
 
 @jax.tree_util.register_dataclass
