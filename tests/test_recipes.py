@@ -151,6 +151,7 @@ TINY = {
         "--config.task.gan_start=2",
         "--config.evals.heldout.max_batches=1",
     ],
+    "nxtp_g3m": ["--config.train.batch_size=8", "--config.evals.heldout.max_batches=1"],
 }
 
 
