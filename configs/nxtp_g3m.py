@@ -11,6 +11,11 @@ Captions become nouns while training; `vlm_jax.tools.extract_labels` does it onc
 `--config.data.mixture.cc3m.labels=FOLDER`. 1.78 B parameters, of which the last six blocks of the
 tower, the projection and the decoder learn. The paper's 21,360 updates of 512 images took 5 hours
 on 32 A100; top-10 recall on CC3M .738, COCO .700, OpenImages .613.
+
+    python -m vlm_jax.main --config=configs/nxtp_g3m.py:tiny --workdir=runs/nxtp     # any laptop
+
+`:tiny` trains three blocks of the real SmolLM2 on 450 photos behind a frozen, real VGG16: held-out
+top-5 F1 .404 against .320 (nearest neighbours on pixels) and .292 (most frequent labels).
 """
 
 import ml_collections
