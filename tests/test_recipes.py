@@ -187,15 +187,23 @@ def test_tiny_trains_stops_resumes_and_evaluates(name, tmp_path, demo_data):
         if key != "step":
             assert trained[6, key] == pytest.approx(value, rel=1e-6)
     if name == "lvm_3b":
-        predicts(whole, tmp_path)
+        made = predicts(tmp_path, "lvm", whole, "--continue", PICTURE, PICTURE, "--candidates=2")
+        assert made == ["candidate_0_frame_0.png", "candidate_1_frame_0.png", "grid.png"]
+        assert Image.open(tmp_path / "out" / "candidate_0_frame_0.png").size == (32, 32)
+    if name == "nxtp_g3m":
+        made = predicts(tmp_path, "nxtp", whole, "--image", PICTURE, "--k=3", "--attention")
+        layers = [f"picture_attention_layer_{layer}.png" for layer in range(3)]
+        assert made == ["labels.json", "labels.png", *layers]
 
 
-def predicts(workdir, tmp_path):
-    """The other command line, on the run just made."""
-    picture = tmp_path / "picture.png"
+PICTURE = "picture.png"
+
+
+def predicts(tmp_path, system, workdir, *arguments):
+    """The other command line, on the run just made; names of the files that it writes."""
     noise = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
-    Image.fromarray(noise).save(picture)
-    arguments = ["lvm", f"--checkpoint={workdir}", "--continue", picture, picture, "--candidates=2"]
+    Image.fromarray(noise).save(tmp_path / PICTURE)
+    arguments = [system, f"--checkpoint={workdir}", *arguments]
     out = subprocess.run(
         [
             sys.executable,
@@ -207,8 +215,7 @@ def predicts(workdir, tmp_path):
         capture_output=True,
         text=True,
         timeout=600,
+        cwd=tmp_path,
     )
     assert out.returncode == 0, out.stderr[-3000:]
-    made = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert made == ["candidate_0_frame_0.png", "candidate_1_frame_0.png", "grid.png"]
-    assert Image.open(tmp_path / "out" / "candidate_0_frame_0.png").size == (32, 32)
+    return sorted(path.name for path in (tmp_path / "out").iterdir())

@@ -224,8 +224,8 @@ def from_upstream(
 
 def _computed_in(cfg, dtype, *, stored=False):
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    fields = dict(dtype=dtype, remat="none") | ({"param_dtype": dtype} if stored else {})
-    return dataclasses.replace(
+    fields = dict(dtype=dtype) | ({"param_dtype": dtype} if stored else {})
+    return dataclasses.replace(  # nothing is differentiated, so `remat` may stay
         cfg,
         vision=dataclasses.replace(cfg.vision, **fields),
         decoder=dataclasses.replace(cfg.decoder, **fields),
