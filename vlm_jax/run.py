@@ -154,7 +154,11 @@ def _evaluate(recipe, task, formatter, system, workdir, mesh) -> dict[str, float
     shardings = jax.tree.map(lambda x: x.sharding, params)
     runner = evaluate.Runner(task, formatter, mesh, shardings, recipe.train.seed)
     results: dict[str, float] = {}
-    for evaluation in evaluate.make(recipe.evals):
+    evaluations = evaluate.make(recipe.evals)
+    for evaluation in evaluations:  # all mistakes before the first pass
+        example = evaluate.first_batch(evaluation, formatter, recipe.train.seed, task)
+        evaluate.check(evaluation, task, params, example)
+    for evaluation in evaluations:
         results |= runner(evaluation, params, workdir / "eval" / f"{step:08d}")
     if jax.process_index() == 0:
         with open(workdir / "evaluation.jsonl", "a") as file:
