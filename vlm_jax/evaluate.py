@@ -30,7 +30,7 @@ import functools
 import itertools
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -99,6 +99,14 @@ def make(evals: Mapping[str, Mapping[str, Any]]) -> list[Evaluation]:
     if inactive:
         _say_once(f"inactive evaluations, their path is empty: {', '.join(inactive)}")
     return result
+
+
+def check_all(
+    evaluations: Sequence[Evaluation], task: Any, formatter: Any, params: Any, seed: int
+) -> None:
+    """`check` of each on its first batch: all mistakes before anything expensive."""
+    for evaluation in evaluations:
+        check(evaluation, task, params, first_batch(evaluation, formatter, seed, task))
 
 
 def check(evaluation: Evaluation, task: Any, params: Any, batch: Mapping[str, Any]) -> None:

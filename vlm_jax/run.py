@@ -155,9 +155,7 @@ def _evaluate(recipe, task, formatter, system, workdir, mesh) -> dict[str, float
     runner = evaluate.Runner(task, formatter, mesh, shardings, recipe.train.seed)
     results: dict[str, float] = {}
     evaluations = evaluate.make(recipe.evals)
-    for evaluation in evaluations:  # all mistakes before the first pass
-        example = evaluate.first_batch(evaluation, formatter, recipe.train.seed, task)
-        evaluate.check(evaluation, task, params, example)
+    evaluate.check_all(evaluations, task, formatter, params, recipe.train.seed)
     for evaluation in evaluations:
         results |= runner(evaluation, params, workdir / "eval" / f"{step:08d}")
     if jax.process_index() == 0:

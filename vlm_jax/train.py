@@ -204,9 +204,7 @@ def fit(
         )
         first = next(batches)
         getattr(task, "check_batch", lambda arrays: None)(first.arrays)
-        for evaluation in evaluations:
-            example = evaluate_lib.first_batch(evaluation, formatter, config.seed, task)
-            evaluate_lib.check(evaluation, task, abstract["params"], example)
+        evaluate_lib.check_all(evaluations, task, formatter, abstract["params"], config.seed)
 
         owes_evaluation = False
         if start:

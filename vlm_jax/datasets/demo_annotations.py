@@ -15,9 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
 
-from vlm_jax.data import images, records, wheels
+from vlm_jax.data import drawing, images, records, wheels
 
 
 def load(split: str = "all") -> list[records.Record]:
@@ -43,12 +42,7 @@ def mask(photo: Mapping[str, Any], thing: Mapping[str, Any]) -> np.ndarray:
     Raises:
       KeyError: the object has no mask.
     """
-    height, width = photo["image_u8"].shape[:2]
-    canvas = Image.new("1", (width, height))
-    pen = ImageDraw.Draw(canvas)
-    for polygon in thing["polygons_px"]:
-        pen.polygon(polygon, fill=1, outline=1)
-    return np.array(canvas)
+    return drawing.mask(drawing.Thing(polygons=thing["polygons_px"]), *photo["image_u8"].shape[:2])
 
 
 @functools.cache

@@ -73,6 +73,10 @@ def _table(
     )
 
 
+# Matrices as torch stores them, (out, in); q and k with pairs of a rotation side by side.
+_OUT_IN = dict(in_first=(_transposed, _save_in_first), out_last=(_transposed, _save_out_last))
+_INTERLEAVED = (lambda x, shape: _pairs_to_halves(x.T, shape), lambda x: _halves_to_pairs(x).T)
+
 _HF_LAYER = "model.layers.{layer}."
 HF_RULES = _table(
     dict(
@@ -89,9 +93,8 @@ HF_RULES = _table(
         final_norm="model.norm.weight",
         lm_head="lm_head.weight",
     ),
-    qk=(_transposed, _save_in_first),
-    in_first=(_transposed, _save_in_first),
-    out_last=(_transposed, _save_out_last),
+    qk=_OUT_IN["in_first"],
+    **_OUT_IN,
 )
 
 _EASYLM_LAYER = "transformer/h/{layer}/"
@@ -131,9 +134,8 @@ GGUF_RULES = _table(
         final_norm="output_norm.weight",
         lm_head="output.weight",
     ),
-    qk=(lambda x, shape: _pairs_to_halves(x.T, shape), lambda x: _halves_to_pairs(x).T),
-    in_first=(_transposed, _save_in_first),
-    out_last=(_transposed, _save_out_last),
+    qk=_INTERLEAVED,
+    **_OUT_IN,
 )
 
 _META_LAYER = "layers.{layer}."
@@ -152,9 +154,8 @@ META_RULES = _table(
         final_norm="norm.weight",
         lm_head="output.weight",
     ),
-    qk=(lambda x, shape: _pairs_to_halves(x.T, shape), lambda x: _halves_to_pairs(x).T),
-    in_first=(_transposed, _save_in_first),
-    out_last=(_transposed, _save_out_last),
+    qk=_INTERLEAVED,
+    **_OUT_IN,
 )
 
 PRESETS = llama.PRESETS

@@ -23,7 +23,7 @@ import numpy as np
 
 from vlm_jax import config, image_tokenizer
 from vlm_jax.data import records
-from vlm_jax.datasets import demo_photos, demo_scenes, demo_videos, visual_sentences
+from vlm_jax.datasets import demo_photos, demo_scenes, demo_videos, few_shot, visual_sentences
 from vlm_jax.systems.lvm import layouts
 
 KINDS = ("video", "pan", "colour", "group", "inpaint", "mask")
@@ -126,9 +126,9 @@ def _draw(kind, photos, small, large, shots, num_images, rng) -> list[np.ndarray
 def _masks(scenes, indices) -> list[np.ndarray]:
     """scene1 mask1 scene2 mask2 ...; masks are white on black."""
     drawn = [scenes[index] for index in indices]
-    masks = [scene["masks"].any(0)[..., None].repeat(3, -1) for scene in drawn]
     return layouts.pairs(
-        [scene["image_u8"] for scene in drawn], [mask.astype(np.uint8) * 255 for mask in masks]
+        [scene["image_u8"] for scene in drawn],
+        [few_shot.paint(scene["masks"].any(axis=0)) for scene in drawn],
     )
 
 
