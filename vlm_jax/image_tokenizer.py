@@ -17,6 +17,7 @@ import numpy as np
 from vlm_jax.data import images
 from vlm_jax.models import vqgan
 from vlm_jax.nn import functional
+from vlm_jax.ops import buckets
 from vlm_jax.weights import vqgan as vqgan_weights
 
 
@@ -110,14 +111,10 @@ class ImageTokenizer:
         return encode, decode
 
     def _in_buckets(self, function, x: np.ndarray) -> np.ndarray:
-        # Sizes are powers of two, so that few shapes are compiled.
-        parts = []
-        for start in range(0, len(x), self.max_batch):
-            part = x[start : start + self.max_batch]
-            bucket = min(self.max_batch, 1 << (len(part) - 1).bit_length())
-            fill = [(0, bucket - len(part))] + [(0, 0)] * (x.ndim - 1)
-            out = function(self.params, jnp.asarray(np.pad(part, fill)))
-            parts.append(np.asarray(out)[: len(part)])
+        parts = [
+            np.asarray(function(self.params, jnp.asarray(filled)))[:count]
+            for _, count, (filled,) in buckets.pieces(self.max_batch, x)
+        ]
         return np.concatenate(parts) if parts else function(self.params, x[:0])
 
     def _no_ids(self) -> np.ndarray:

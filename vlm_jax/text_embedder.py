@@ -22,6 +22,7 @@ import numpy as np
 from vlm_jax.data import records, tokenizers
 from vlm_jax.models import bert, clip
 from vlm_jax.nn import functional
+from vlm_jax.ops import buckets
 from vlm_jax.weights import bert as bert_weights
 from vlm_jax.weights import clip as clip_weights
 from vlm_jax.weights import readers
@@ -69,8 +70,8 @@ class TextEmbedder:
 
     def _encode(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         longest = max(map(len, ids))
-        length = min(max(_SHORTEST, _power_of_two(longest)), self._max_tokens)
-        rows = min(_power_of_two(len(ids)), self._max_batch)
+        length = buckets.length(max(_SHORTEST, longest), self._max_tokens)
+        rows = buckets.length(len(ids), self._max_batch)
         tokens, valid = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
         for row, some in enumerate(ids):
             tokens[row, : len(some)], valid[row, : len(some)] = some, True
@@ -127,7 +128,3 @@ def _load_clip(path: str) -> TextEmbedder:
 def _tokenize(path: str | os.PathLike) -> Callable[[Sequence[str]], list[list[int]]]:
     tokenizer = tokenizers.from_json(readers.folder_of(path) / "tokenizer.json")
     return lambda texts: [encoded.ids for encoded in tokenizer.encode_batch(list(texts))]
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << max(count - 1, 0).bit_length()

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from vlm_jax.models import vgg
+from vlm_jax.ops import buckets
 
 
 class Lpips:
@@ -67,11 +68,9 @@ def _features(stages: int) -> Callable:
 
 def _in_batches(function: Callable, params: Any, size: int, *arrays: np.ndarray) -> np.ndarray:
     """`function` over rows; the last batch is filled up to a power of two: few shapes compile."""
-    results = []
-    for start in range(0, len(arrays[0]), size):
-        parts = [np.asarray(x[start : start + size], np.float32) for x in arrays]
-        count = len(parts[0])
-        fill = min(size, 1 << (count - 1).bit_length()) - count
-        parts = [np.pad(x, [(0, fill), (0, 0), (0, 0), (0, 0)]) for x in parts]
-        results.append(np.asarray(function(params, *parts), np.float64)[:count])
+    arrays = [np.asarray(x, np.float32) for x in arrays]
+    results = [
+        np.asarray(function(params, *filled), np.float64)[:count]
+        for _, count, filled in buckets.pieces(size, *arrays)
+    ]
     return np.concatenate(results) if results else np.zeros(0)

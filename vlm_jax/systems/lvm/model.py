@@ -22,7 +22,7 @@ from vlm_jax import image_tokenizer
 from vlm_jax.decoding import generate, sampling
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
-from vlm_jax.ops import losses
+from vlm_jax.ops import buckets, losses
 
 REFERENCE_TOP_K = 50  # upstream: inference.py leaves top_k unset, and generate() then takes 50
 MAX_ROWS = 32  # sequences per device call
@@ -196,13 +196,9 @@ class Lvm:
             ids = np.stack(
                 [np.concatenate([contexts[i].ravel(), targets[i].ravel()]) for i in indices]
             )
-            for start in range(0, len(ids), per_call):
-                part = ids[start : start + per_call].astype(np.int32)
-                # Powers of two, so that few shapes are compiled.
-                bucket = min(per_call, 1 << (len(part) - 1).bit_length())
-                filled = np.concatenate([part, np.repeat(part[-1:], bucket - len(part), axis=0)])
+            for start, count, (filled,) in buckets.pieces(per_call, ids.astype(np.int32)):
                 logp = np.asarray(self._score(self.params, filled, scored), np.float64)
-                nll = -logp[: len(part)].mean(axis=1)
+                nll = -logp[:count].mean(axis=1)
                 result[indices[start : start + per_call]] = np.exp(nll)
         return result
 
@@ -235,13 +231,9 @@ class Lvm:
         rng = jax.random.fold_in(jax.random.key(seed), call)
         per_call = max(1, MAX_ROWS // candidates)
         parts = []
-        for start in range(0, rows, per_call):
-            part = prompt[start : start + per_call]
-            # Powers of two, so that few shapes are compiled.
-            bucket = min(per_call, 1 << (len(part) - 1).bit_length())
-            filled = np.concatenate([part, np.repeat(part[-1:], bucket - len(part), axis=0)])
+        for start, count, (filled,) in buckets.pieces(per_call, prompt):
             out = self._generators[key](self.params, filled, jax.random.fold_in(rng, start))
-            parts.append(np.asarray(out)[: len(part)])
+            parts.append(np.asarray(out)[:count])
         return np.concatenate(parts)
 
     @property

@@ -23,6 +23,7 @@ import numpy as np
 from vlm_jax.data import images as images_lib
 from vlm_jax.decoding import label_lists, one_shot
 from vlm_jax.models import clip, llama
+from vlm_jax.ops import buckets
 from vlm_jax.systems.nxtp import format as format_lib
 from vlm_jax.systems.nxtp import network as network_lib
 from vlm_jax.systems.nxtp import vocabulary
@@ -93,16 +94,15 @@ class Nxtp:
             raise ValueError(f"ranking={ranking!r} is none of {', '.join(known)}")
         photos, single = self._photos(images)
         results = []
-        for start in range(0, len(photos), MAX_IMAGES):
-            part = photos[start : start + MAX_IMAGES]
-            found = self._find(part, k, max_tokens)
+        for _, count, (filled,) in buckets.pieces(MAX_IMAGES, photos):
+            found = self._find(filled, k, max_tokens)
             lists = label_lists.rank_all(
                 found,
                 self.words.decode,
                 delimiter_id=self.words.delimiter_id,
                 by=ranking,
                 unfinished=unfinished,
-            )[: len(part)]
+            )[:count]
             results += [[(label.text, label.score) for label in labels] for labels in lists]
         return results[0] if single else results
 
@@ -133,10 +133,7 @@ class Nxtp:
         nxtp.save_pth(path, self.params, released=released, dtype=dtype)
 
     def _find(self, photos: np.ndarray, k: int, max_tokens: int) -> one_shot.OneShot:
-        """`one_shot.decode` of up to MAX_IMAGES photos; rows behind them are copies."""
-        # Powers of two, so that few shapes are compiled.
-        bucket = 1 << (len(photos) - 1).bit_length()
-        filled = np.concatenate([photos, np.repeat(photos[-1:], bucket - len(photos), axis=0)])
+        """`one_shot.decode` of photos, compiled for their number."""
         key = k, max_tokens
         if key not in self._compiled:
 
@@ -155,8 +152,8 @@ class Nxtp:
                 )
 
             self._compiled[key] = jax.jit(run)
-        prompt_bt = np.tile(self._prompt, (bucket, 1))
-        return self._compiled[key](*self._halves, filled, prompt_bt)
+        prompt_bt = np.tile(self._prompt, (len(photos), 1))
+        return self._compiled[key](*self._halves, photos, prompt_bt)
 
     def _photos(self, images: Any) -> tuple[np.ndarray, bool]:
         single = isinstance(images, str | os.PathLike) or getattr(images, "ndim", 0) in (2, 3)

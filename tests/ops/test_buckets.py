@@ -1,0 +1,21 @@
+"""Host arrays in pieces of few lengths."""
+
+import numpy as np
+
+from vlm_jax.ops import buckets
+
+
+def test_lengths():
+    assert [buckets.length(count, 12) for count in (0, 1, 2, 3, 5, 8, 9, 12)] == [
+        1, 1, 2, 4, 8, 8, 12, 12,
+    ]  # fmt: skip
+
+
+def test_pieces_are_filled_with_copies_of_their_last_row():
+    rows, names = np.arange(7), np.array(list("abcdefg"))
+    found = [(a, n, x.tolist(), y.tolist()) for a, n, (x, y) in buckets.pieces(4, rows, names)]
+    assert found == [
+        (0, 4, [0, 1, 2, 3], ["a", "b", "c", "d"]),
+        (4, 3, [4, 5, 6, 6], ["e", "f", "g", "g"]),
+    ]
+    assert list(buckets.pieces(4, rows[:0])) == []
