@@ -31,8 +31,22 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+class _Defaults:
+    """Sizes that both towers derive from their width."""
+
+    @property
+    def heads(self) -> int:
+        """Attention heads, the default resolved."""
+        return self.num_heads or self.width // 64
+
+    @property
+    def hidden(self) -> int:
+        """Width of the MLP, the default resolved."""
+        return self.mlp_width or 4 * self.width
+
+
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(_Defaults):
     """Sizes of an image tower.
 
     Attributes:
@@ -66,16 +80,6 @@ class VisionConfig:
             )
 
     @property
-    def heads(self) -> int:
-        """Attention heads, the default resolved."""
-        return self.num_heads or self.width // 64
-
-    @property
-    def hidden(self) -> int:
-        """Width of the MLP, the default resolved."""
-        return self.mlp_width or 4 * self.width
-
-    @property
     def num_patches(self) -> int:
         """Patches of an image: the tokens without the class token."""
         return (self.image_size // self.patch_size) ** 2
@@ -89,7 +93,7 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConfig:
+class TextConfig(_Defaults):
     """Sizes of a text tower; fields as in `VisionConfig`.
 
     Attributes:
@@ -114,16 +118,6 @@ class TextConfig:
 
     def __post_init__(self):
         _check(self)
-
-    @property
-    def heads(self) -> int:
-        """Attention heads, the default resolved."""
-        return self.num_heads or self.width // 64
-
-    @property
-    def hidden(self) -> int:
-        """Width of the MLP, the default resolved."""
-        return self.mlp_width or 4 * self.width
 
 
 @dataclasses.dataclass(frozen=True)
