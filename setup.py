@@ -49,7 +49,7 @@ setup(
     # Recipes travel inside the package, so that an installed wheel can run them.
     packages=[*find_packages(include=["vlm_jax", "vlm_jax.*"]), "vlm_jax.configs"],
     package_dir={"vlm_jax.configs": "configs"},
-    package_data={"vlm_jax": ["assets/*", "assets/*/*", "systems/*/README.md"]},
+    package_data={"vlm_jax": ["py.typed", "assets/*", "assets/*/*", "systems/*/README.md"]},
     install_requires=[
         "absl-py>=2.1",
         "flax>=0.12.8",
