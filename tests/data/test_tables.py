@@ -48,7 +48,8 @@ def test_lines_of_one_picture_are_put_together_and_repetitions_reported(tmp_path
 
 def test_bad_lines_are_named(tmp_path):
     lines = ["{", "[1]", '{"image": 3, "caption": "x"}', '{"image": "a.jpg", "caption": ""}',
-             '{"image": "b.jpg", "caption": 7}', '{"image": "c.jpg", "caption": "fine"}']  # fmt: skip
+             '{"image": "b.jpg", "caption": 7}',
+             '{"image": "c.jpg", "caption": "fine"}']  # fmt: skip
     path = table(tmp_path, "a.jsonl", "\n".join(lines))
     found = tables.read(path)
     assert [entry.file for entry in found.entries] == ["c.jpg"]
