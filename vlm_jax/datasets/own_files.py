@@ -1,9 +1,9 @@
 """A folder of somebody's own photos and videos: what is there, what it is called, what is held out.
 
-    FOLDER/cat/1.jpg, FOLDER/dog/2.jpg      photos in class folders: the folder's name is the label
-    FOLDER/*.jpg, FOLDER/captions.csv       photos and a table of captions or labels (data/tables.py)
-    FOLDER/*.mp4                            videos, at any depth
-    TABLE.csv, TABLE.jsonl                  a table elsewhere; names start from its folder
+    FOLDER/cat/1.jpg, FOLDER/dog/2.jpg   photos in class folders: the folder's name is the label
+    FOLDER/*.jpg, FOLDER/captions.csv    photos and a table of captions or labels, see data/tables
+    FOLDER/*.mp4                         videos, at any depth
+    TABLE.csv, TABLE.jsonl               a table elsewhere; names start from its folder
 
 All at once is fine. Folders named train, val, test, ... directly below FOLDER are not classes.
 
