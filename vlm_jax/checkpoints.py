@@ -1,17 +1,12 @@
 """Checkpoints that are either complete and unchanged, or not used.
 
 Orbax writes the arrays, in the background. Around it this module adds what orbax does not give:
+meta.json and a commit marker (see step_folders.py). A step counts only if the marker is there,
+every file matches it, and all values are finite. So a save that was cut off, an empty or renamed
+folder, a truncated file, a flipped bit (orbax reads the last one without complaint) and parameters
+that are NaN are all passed over, newest first, each with one line on stderr.
 
-    <workdir>/checkpoints/300/state/...      arrays (orbax, OCDBT)
-                             /meta.json      config, versions, data position; names and shapes
-                             /COMMIT.json    size and SHA-256 of every other file; written last
-
-A step counts only if COMMIT.json is there and every file matches it. So a save that was cut off,
-an empty folder that happens to be called 300, a truncated file and a flipped bit (orbax reads the
-last one without complaint) are all passed over, newest first, each with one line on stderr.
-
-The state is any pytree of arrays. It is stored flat, under its '/'-joined paths
-("params/layers/attn/q/kernel", "opt_state/0/count"), and never pickled.
+The state is any pytree of arrays. It is stored flat (see leaves.py) and never pickled.
 
 With several processes all of them see one file system; process 0 decides and writes the JSON.
 `save` and `latest_good` are collective: every process calls them, in the same order. Tested on
@@ -35,9 +30,8 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vlm_jax import commit_marker
+from vlm_jax import commit_marker, leaves, step_folders
 
-META = "meta.json"
 _SPARE_BYTES = 1 << 20  # room for metadata files and the marker
 
 
@@ -45,31 +39,44 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or does not fit what is asked of it."""
 
 
+class NotFiniteError(CheckpointError):
+    """The state to be saved holds NaN or infinity; nothing was written."""
+
+
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Where parameters start, laid over the random ones in this order.
+    """Where parameters start. What `run` has comes from there, the rest from `upstream`.
 
     Attributes:
       run: a workdir, or one of its step folders, of an earlier run of ours.
       upstream: a published checkpoint, in the system's own format.
       random: regex of the parameter paths that may stay random after the two above.
+      averaged: take the moving average of `run` where it kept one; False takes the raw parameters.
+        The same choice when a work directory is evaluated.
+      insist: continue or evaluate a run although model, task or formatter are not those that it
+        was trained with; see `resume.py`.
     """
 
     run: str = ""
     upstream: str = ""
     random: str = ""
+    averaged: bool = True
+    insist: bool = False
 
 
 class Checkpointer:
     """Saves and restores the steps of one run under `<workdir>/checkpoints`.
 
     Args:
-      workdir: folder of the run, shared by all processes; created when missing.
+      workdir: folder of the run, shared by all processes.
       keep_last: how many of the newest steps stay.
       milestone_every: steps divisible by this stay for ever; 0 keeps no milestones.
+      create: make the folder now; False leaves that to the first save.
     """
 
-    def __init__(self, workdir, keep_last: int = 3, milestone_every: int = 0):
+    def __init__(
+        self, workdir, keep_last: int = 3, milestone_every: int = 0, *, create: bool = True
+    ):
         if keep_last < 1 or milestone_every < 0:
             raise ValueError(
                 f"keep_last={keep_last} must be at least 1 and milestone_every={milestone_every} "
@@ -79,14 +86,14 @@ class Checkpointer:
         self._keep_last = keep_last
         self._milestone_every = milestone_every
         self._good: set[int] = set()  # verified, or written by this object
-        self._rejected: set[int] = set()
+        self._rejected: set[int] = set()  # bad, and told so
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
-        if jax.process_index() == 0:
+        if create and jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def save(self, step: int, state: Any, meta: dict) -> bool:
+    def save(self, step: int, state: Any, meta: dict, *, must_be_finite: bool = False) -> bool:
         """Starts saving; returns once the arrays are off the device. Collective.
 
         Waits for the previous save first, and raises its error if it failed.
@@ -95,6 +102,8 @@ class Checkpointer:
           step: number of updates that made this state.
           state: pytree of arrays.
           meta: JSON-able; handed back by `restore`.
+          must_be_finite: refuse NaN and infinities. Without it they are saved, and passed over
+            when a run is continued or loaded.
 
         Returns:
           False if this object has saved or restored this step already: then nothing is written.
@@ -102,14 +111,22 @@ class Checkpointer:
         Raises:
           CheckpointError: the step exists and was not resumed from, or the disk is full. Earlier
             steps stay as they are.
+          NotFiniteError: see `must_be_finite`.
         """
         self.wait()
         step = int(step)
         if step in self._good:
             return False
-        arrays = _flatten(state)
+        arrays = leaves.flatten(state)
         num_bytes = sum(np.dtype(a.dtype).itemsize * a.size for a in arrays.values())
-        text = json.dumps({"step": step, "meta": meta, "leaves": _describe(arrays)}, indent=1)
+        bad = leaves.nonfinite(arrays)
+        if bad and must_be_finite:
+            raise NotFiniteError(
+                f"step {step} is not saved: {len(bad)} of {len(arrays)} leaves hold NaN or "
+                f"infinity, among them {', '.join(bad[:3])}"
+            )
+        saved = {"step": step, "meta": meta, "nonfinite": bad, "leaves": leaves.describe(arrays)}
+        text = json.dumps(saved, indent=1)
         problem = self._prepare(step, num_bytes) if jax.process_index() == 0 else ""
         if _from_first(bool(problem)):
             raise CheckpointError(problem or f"process 0 cannot save step {step}; see its message")
@@ -156,19 +173,23 @@ class Checkpointer:
             _say(str(failure))  # the error on its way out is the one to report
 
     def latest_good(self) -> int | None:
-        """Newest step whose marker exists and whose files match it; None if there is none.
+        """Newest step that is complete, unchanged and finite; None if there is none.
 
         Collective. Process 0 reads every file of the candidates and says on stderr, one line
         each, which steps it passes over and why.
         """
-        found = -1
-        if jax.process_index() == 0:
-            found = self._find_latest()
-        found = _from_first(found)
-        if found < 0:
-            return None
-        self._good.add(found)
-        return found
+        while True:
+            found = -1
+            if jax.process_index() == 0:
+                found = step_folders.newest(self.folder, self._rejected)
+            found = _from_first(found)
+            if found < 0:
+                return None
+            reason = _why_not_finite(self._step_folder(found))
+            if not reason:
+                self._good.add(found)
+                return found
+            step_folders.pass_over(found, reason, self._rejected)
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict]:
         """Reads a step into the shapes and onto the devices of `abstract_state`.
@@ -184,39 +205,47 @@ class Checkpointer:
         Raises:
           CheckpointError: the step is not good, or its leaves have other names, shapes or dtypes.
         """
-        folder = self._step_folder(step)
+        saved = self.describe(step)
+        abstract = leaves.flatten(abstract_state)
+        require_same(self._step_folder(step), saved["leaves"], leaves.describe(abstract))
+        arrays = self.read(step, abstract)
+        found = [arrays[name] for name in abstract]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), found), saved["meta"]
+
+    def describe(self, step: int) -> dict:
+        """What meta.json of a step says: "step", "meta", and "leaves", name -> shape and dtype.
+
+        Raises:
+          CheckpointError: the step is not good.
+        """
         if step not in self._good:
-            _require_good(folder)
-        saved = _read_meta(folder)
-        abstract = _flatten(abstract_state)
-        _require_same(folder, saved["leaves"], _describe(abstract))
-        arrays = _read_arrays(folder, abstract)
-        self._good.add(step)
-        leaves = [arrays[name] for name in abstract]
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), saved["meta"]
+            _require_good(self._step_folder(step))
+            self._good.add(step)
+        return step_folders.read(self._step_folder(step))
+
+    def read(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Some leaves of a good step, by their names in it.
+
+        Args:
+          step: as given by `latest_good`.
+          wanted: name -> jax.ShapeDtypeStruct with a sharding; another dtype is cast to.
+        """
+        return _read_arrays(self._step_folder(step), wanted)
 
     # ---- on process 0 -----------------------------------------------------------------------
-
-    def _find_latest(self) -> int:
-        for step in sorted(_steps(self.folder), reverse=True):
-            reason = commit_marker.why_bad(self._step_folder(step))
-            if not reason:
-                return step
-            self._rejected.add(step)
-            _say(f"checkpoint of step {step} is not used: {reason}")
-        return -1
 
     def _prepare(self, step: int, num_bytes: int) -> str:
         """Makes an empty folder for the step; returns what stands in the way, or ""."""
         folder = self._step_folder(step)
         try:
-            if folder.exists():
-                if step not in self._rejected and not commit_marker.why_bad(folder):
+            if os.path.lexists(folder):
+                if step not in self._rejected and not step_folders.why_unusable(folder):
                     return (
                         f"step {step} is already saved in {folder}, by another run: resume from "
                         "it or choose another workdir"
                     )
-                self._move_aside(step)
+                step_folders.move_aside(folder)
+                self._rejected.discard(step)
             folder.mkdir(parents=True)
             free = _free_bytes(folder)
             if free is not None and free < num_bytes + _SPARE_BYTES:
@@ -228,16 +257,6 @@ class Checkpointer:
             return f"cannot save step {step} in {folder}: {error}"
         return ""
 
-    def _move_aside(self, step: int) -> None:
-        folder = self._step_folder(step)
-        if _is_cut_off(folder):
-            folder.rmtree()
-            return
-        taken = {path.name for path in self.folder.iterdir()}
-        n = next(n for n in range(len(taken) + 1) if f"rejected-{step}-{n}" not in taken)
-        folder.rename(self.folder / f"rejected-{step}-{n}")
-        self._rejected.discard(step)
-
     def _finish(self, step: int, text: str, num_bytes: int) -> None:
         """Body of the background thread: orbax's end, the JSON, the marker, old steps."""
         folder = self._step_folder(step)
@@ -245,7 +264,7 @@ class Checkpointer:
             with _quiet_orbax():
                 self._orbax.wait_until_finished()
             if jax.process_index() == 0:
-                commit_marker.write_durably(folder / META, text)
+                commit_marker.write_durably(folder / step_folders.META, text)
                 commit_marker.commit(folder)
                 self._rejected.discard(step)
             self._good.add(step)
@@ -261,15 +280,15 @@ class Checkpointer:
 
     def _remove_old(self, step: int) -> None:
         # Later steps are not this run's past, and rejected ones must not push out good ones.
-        past = [s for s in _steps(self.folder) if s <= step and s not in self._rejected]
-        committed = sorted(s for s in past if commit_marker.is_committed(self._step_folder(s)))
+        past = [s for s in step_folders.steps(self.folder) if s <= step and s not in self._rejected]
+        committed = [s for s in past if commit_marker.is_committed(self._step_folder(s))]
         for old in committed[: -self._keep_last]:
             if self._milestone_every and old % self._milestone_every == 0:
                 continue
             commit_marker.revoke(self._step_folder(old))
             self._step_folder(old).rmtree()
-        for other in _steps(self.folder):
-            if other != step and _is_cut_off(self._step_folder(other)):
+        for other in step_folders.steps(self.folder):
+            if other != step and step_folders.is_cut_off(self._step_folder(other)):
                 self._step_folder(other).rmtree()
 
     def _failed(self, step: int, num_bytes: int, error: Exception) -> CheckpointError:
@@ -288,14 +307,64 @@ class Checkpointer:
         return self.folder / str(step)
 
 
-def load_params(path, abstract: Any = None, item: str = "params") -> Any:
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A good step on disk, as `find` returns it.
+
+    Attributes:
+      folder: of the step.
+      number: updates that made it.
+      meta: what was saved with it; "config" is the recipe.
+      leaves: name -> shape and dtype.
+    """
+
+    folder: epath.Path
+    number: int
+    meta: dict
+    leaves: dict
+
+    @property
+    def config(self) -> dict:
+        """The recipe that this step was trained with.
+
+        Raises:
+          CheckpointError: none was saved with it.
+        """
+        if not isinstance(self.meta.get("config"), dict):
+            raise CheckpointError(f"{self.folder} does not say how its run was configured")
+        return self.meta["config"]
+
+
+def find(path) -> Step:
+    """The newest good step of a workdir (or of its checkpoints folder), or the step `path`.
+
+    Raises:
+      CheckpointError: nothing good is there.
+    """
+    path = epath.Path(path).expanduser().absolute()
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    if commit_marker.is_committed(path) or (step_folders.is_step(path) and not folder.exists()):
+        _require_good(path)
+        return _step(path)
+    passed_over: set[int] = set()
+    while (number := step_folders.newest(folder, passed_over)) >= 0:
+        reason = _why_not_finite(folder / str(number))
+        if not reason:
+            return _step(folder / str(number))
+        step_folders.pass_over(number, reason, passed_over)
+    raise CheckpointError(f"no good checkpoint in {folder} ({len(passed_over)} looked at)")
+
+
+def load_params(path, abstract: Any = None, item: str = "params", *, averaged: bool = True) -> Any:
     """Reads the parameters alone, for inference or to start another run from.
 
     Args:
-      path: a workdir (its newest good step is taken) or one step folder.
+      path: a workdir (its newest good step is taken), one step folder, or a result of `find`.
       abstract: pytree of jax.ShapeDtypeStruct with shardings; other dtypes are cast. None reads
         every leaf as saved onto the first local device.
       item: part of the state to read, such as "ema".
+      averaged: take the moving average where the run kept one (`optim.ema`), as evaluations do;
+        False gives the raw parameters. Parameters that do not learn have no average.
 
     Returns:
       A pytree like `abstract`, or nested dicts with string keys.
@@ -303,52 +372,43 @@ def load_params(path, abstract: Any = None, item: str = "params") -> Any:
     Raises:
       CheckpointError: nothing good is there, or names or shapes differ from `abstract`.
     """
-    folder = _find_step(epath.Path(path).expanduser().absolute())
+    step = path if isinstance(path, Step) else find(path)
     prefix = item + "/"
-    saved = {
-        name: leaf for name, leaf in _read_meta(folder)["leaves"].items() if name.startswith(prefix)
-    }
+    saved = {name: leaf for name, leaf in step.leaves.items() if name.startswith(prefix)}
     if not saved:
-        raise CheckpointError(f"{folder} holds no {item!r}")
+        raise CheckpointError(f"{step.folder} holds no {item!r}")
     if abstract is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = {
             name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=sharding)
             for name, leaf in saved.items()
         }
-        return _nest(_read_arrays(folder, wanted), prefix)
-    wanted = {prefix + name: leaf for name, leaf in _flatten(abstract).items()}
-    _require_same(folder, saved, _describe(wanted), compare_dtypes=False)
-    arrays = _read_arrays(folder, wanted)
-    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
+    else:
+        wanted = {prefix + name: leaf for name, leaf in leaves.flatten(abstract).items()}
+        require_same(step.folder, saved, leaves.describe(wanted), compare_dtypes=False)
+    sources = {}  # name of the parameter -> name of the leaf to read for it
+    for name in wanted:
+        average = name.replace(prefix, "ema/", 1)
+        use = averaged and item == "params" and average in step.leaves
+        sources[name] = average if use else name
+    arrays = _read_arrays(step.folder, {sources[name]: x for name, x in wanted.items()})
+    found = {name: arrays[source] for name, source in sources.items()}
+    if abstract is None:
+        return _nest(found, prefix)
+    return jax.tree.unflatten(jax.tree.structure(abstract), list(found.values()))
 
 
-def _find_step(path: epath.Path) -> epath.Path:
-    folder = path if path.name == "checkpoints" else path / "checkpoints"
-    if commit_marker.is_committed(path) or (path.name.isdigit() and not folder.exists()):
-        _require_good(path)
-        return path
-    steps = _steps(folder)
-    for step in sorted(steps, reverse=True):
-        reason = commit_marker.why_bad(folder / str(step))
-        if not reason:
-            return folder / str(step)
-        _say(f"checkpoint of step {step} is not used: {reason}")
-    raise CheckpointError(f"no good checkpoint in {folder} ({len(steps)} looked at)")
+def has_average(step: Step) -> bool:
+    """Whether the run kept a moving average of its parameters."""
+    return any(name.startswith("ema/") for name in step.leaves)
+
+
+def _step(folder: epath.Path) -> Step:
+    saved = step_folders.read(folder)
+    return Step(folder, saved["step"], saved["meta"], saved["leaves"])
 
 
 # ---- arrays ---------------------------------------------------------------------------------
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    """{'/'-joined path: leaf}, in the tree's own order."""
-    flat = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name in flat:
-            raise ValueError(f"two leaves of the state are called {name!r}")
-        flat[name] = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-    return flat
 
 
 def _nest(arrays: dict[str, Any], prefix: str) -> dict:
@@ -357,13 +417,6 @@ def _nest(arrays: dict[str, Any], prefix: str) -> dict:
         *parents, last = name.removeprefix(prefix).split("/")
         functools.reduce(lambda d, key: d.setdefault(key, {}), parents, nested)[last] = leaf
     return nested
-
-
-def _describe(arrays: dict[str, Any]) -> dict[str, dict]:
-    return {
-        name: {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name}
-        for name, leaf in arrays.items()
-    }
 
 
 def _read_arrays(folder: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -381,52 +434,37 @@ def _read_arrays(folder: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
         return reader.restore(folder / "state", args=args)
 
 
-def _require_same(folder, saved: dict, wanted: dict, compare_dtypes: bool = True) -> None:
+def require_same(
+    folder: epath.Path, saved: dict, wanted: dict, compare_dtypes: bool = True
+) -> None:
     """Raises CheckpointError naming every leaf (up to ten) that differs, with both shapes."""
-
-    def show(leaf):
-        return f"{leaf['dtype']}{leaf['shape']}" if leaf else "absent"
-
-    def differs(a, b):
-        return not (a and b) or a["shape"] != b["shape"] or (compare_dtypes and a != b)
-
-    names = [name for name in {**saved, **wanted} if differs(saved.get(name), wanted.get(name))]
-    if names:
-        lines = [
-            f"  {name}: checkpoint {show(saved.get(name))}, model {show(wanted.get(name))}"
-            for name in names[:10]
-        ]
-        if len(names) > 10:
-            lines.append(f"  and {len(names) - 10} more")
+    if lines := leaves.differences(saved, wanted, compare_dtypes):
         raise CheckpointError(
-            f"{folder} is of another model: {len(names)} of {len(wanted)} leaves differ.\n"
+            f"{folder} is of another model: "
             + "\n".join(lines)
             + "\nUse the config it was saved with (meta.json beside it), or another workdir."
         )
 
 
+def _why_not_finite(folder: epath.Path) -> str:
+    """Looks at the values of a step that was saved before this was noted at each save."""
+    saved = step_folders.read(folder)
+    if "nonfinite" in saved:
+        return ""  # `step_folders.why_unusable` has looked at it
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    for name, leaf in saved["leaves"].items():  # one at a time: the state may be large
+        wanted = jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=sharding)
+        if leaves.nonfinite(_read_arrays(folder, {name: wanted})):
+            return f"{folder} holds values that are not finite, in {name}"
+    return ""
+
+
 # ---- files ----------------------------------------------------------------------------------
 
 
-def _steps(folder: epath.Path) -> list[int]:
-    if not folder.exists():
-        return []
-    return [int(path.name) for path in folder.iterdir() if path.name.isdigit() and path.is_dir()]
-
-
-def _is_cut_off(folder: epath.Path) -> bool:
-    # Orbax renames this temporary folder to `state` at its end; before that nothing can be read.
-    return any(path.name.startswith("state.orbax-checkpoint-tmp") for path in folder.iterdir())
-
-
 def _require_good(folder: epath.Path) -> None:
-    reason = commit_marker.why_bad(folder) if folder.exists() else f"{folder} does not exist"
-    if reason:
+    if reason := step_folders.why_unusable(folder) or _why_not_finite(folder):
         raise CheckpointError(f"not a good checkpoint: {reason}")
-
-
-def _read_meta(folder: epath.Path) -> dict:
-    return json.loads((folder / META).read_text())
 
 
 def _free_bytes(folder: epath.Path) -> int | None:

@@ -33,16 +33,18 @@ def revoke(folder: epath.Path) -> None:
 
 def why_bad(folder: epath.Path) -> str:
     """One line saying why a step folder cannot be trusted; "" if it can."""
-    if not (folder / MARKER).exists():
-        if not any(folder.iterdir()):
-            return f"{folder} is empty"
-        return f"{folder} has no {MARKER}; its save did not finish"
     try:
+        if not (folder / MARKER).exists():
+            if not any(folder.iterdir()):
+                return f"{folder} is empty"
+            return f"{folder} has no {MARKER}; its save did not finish"
         files = json.loads((folder / MARKER).read_text())["files"]
         sizes = {name: (leaf["bytes"], leaf["sha256"]) for name, leaf in files.items()}
         if not sizes:
             return f"{folder / MARKER} lists no files"
         for name, (num_bytes, _) in sizes.items():
+            if epath.Path(name).is_absolute() or ".." in epath.Path(name).parts:
+                return f"{folder / MARKER} names {name!r}, which is outside"
             if not (folder / name).exists():
                 return f"{folder / name} is missing"
             length = (folder / name).stat().length
@@ -51,7 +53,7 @@ def why_bad(folder: epath.Path) -> str:
         for name, found in _digests(folder, list(files), sync=False).items():
             if found["sha256"] != sizes[name][1]:
                 return f"{folder / name} has changed since it was saved; its digest differs"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return f"{folder} cannot be read: {one_line(error)}"
     return ""
 
