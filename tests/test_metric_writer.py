@@ -38,6 +38,29 @@ def test_resuming_cuts_what_came_after_and_a_half_line(tmp_path):
     assert _lines(tmp_path) == [{"step": s, "loss": 1 / s} for s in (1, 2, 3)]
 
 
+def _resume_at(workdir, step):
+    metric_writer.MetricWriter(workdir, start_step=step, tensorboard=False).close()
+    return (workdir / "metrics.jsonl").read_bytes().splitlines()
+
+
+def test_what_is_kept_is_not_rewritten(tmp_path):
+    lines = [b'{"step":1,  "loss": 1.50}', b"[" * 100_000, b"\xff\xfe not ours", b'{"step": 2}',
+             b'{"step": true}', b'{"step": 3}', b"a late stranger"]  # fmt: skip
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    number = path.stat().st_ino
+    assert [entry["step"] for entry in metric_writer.read(tmp_path)] == [1, 2, 3]
+    assert _resume_at(tmp_path, 2) == lines[:5]
+    assert path.stat().st_ino == number  # cut back, not replaced
+    assert _resume_at(tmp_path, 0) == []
+
+
+def test_lines_of_two_runs_in_one_file_are_sorted_out(tmp_path):
+    lines = [b'{"step": 1}', b'{"step": 3}', b'{"step": 2}', b'{"step": 4}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    assert _resume_at(tmp_path, 2) == [b'{"step": 1}', b'{"step": 2}']
+
+
 def test_not_a_number_is_null_so_that_every_line_is_json(tmp_path):
     with metric_writer.MetricWriter(tmp_path, tensorboard=False) as writer:
         writer.write(1, {"a": float("nan"), "b": float("inf"), "c": 1.0})

@@ -1,8 +1,9 @@
 """Scalars of a run: metrics.jsonl always, TensorBoard and Weights & Biases when they are there.
 
 metrics.jsonl has one JSON object per line, {"step": 10, "train/loss": 5.1, ...}, flushed at once.
-A run that resumes at step s cuts the lines after s first, so no step is told twice and the file
-reads as if the run had never stopped. Only process 0 writes.
+It is only ever appended to, or cut back: a run that resumes at step s cuts the lines after s first,
+so no step is told twice and the file reads as if the run had never stopped. Lines that are not
+ours stay where they are and are passed over. Only process 0 writes.
 """
 
 import json
@@ -81,6 +82,11 @@ class MetricWriter:
         if self._wandb:
             self._wandb.log(scalars, step=int(step))
 
+    def sync(self) -> None:
+        """Returns when all lines have reached the disk, not only the operating system."""
+        if self._file:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Closes the files. May be called twice."""
         if self._file:
@@ -99,29 +105,49 @@ class MetricWriter:
 
 
 def read(workdir) -> Iterator[dict]:
-    """The lines of a run's metrics.jsonl; a last line that was cut off is left out."""
-    path = pathlib.Path(workdir) / FILE
+    """The lines of a run's metrics.jsonl; those that are not ours or were cut off are left out."""
+    for _, entry in _lines(pathlib.Path(workdir) / FILE):
+        if entry is not None:
+            yield entry
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[bytes, dict | None]]:
+    """Every line as it is, with what it says; None for a line that is not ours."""
     if not path.exists():
         return
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, "rb") as file:
         for line in file:
             try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-                yield entry
+                entry = json.loads(line.decode("utf-8", "replace"))
+            except (ValueError, RecursionError):
+                entry = None
+            ours = isinstance(entry, dict) and type(entry.get("step")) is int
+            yield line, entry if ours else None
 
 
 def _cut(path: pathlib.Path, last_step: int) -> None:
-    """Keeps the whole lines up to `last_step`."""
+    """Keeps the whole lines up to `last_step`, and what is not ours among them."""
     if not path.exists():
         return
+    kept, cut, in_order, keeps = 0, 0, True, True
+    for line, entry in _lines(path):
+        keeps = line.endswith(b"\n") and (keeps if entry is None else entry["step"] <= last_step)
+        in_order = in_order and not (keeps and cut)
+        kept, cut = kept + keeps * len(line), cut + (not keeps) * len(line)
+    if cut and in_order:
+        os.truncate(path, kept)
+    elif cut:  # lines of two runs in one file
+        _rewrite(path, last_step)
+
+
+def _rewrite(path: pathlib.Path, last_step: int) -> None:
     temporary = path.with_suffix(".jsonl.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for entry in read(path.parent):
-            if entry["step"] <= last_step:
-                file.write(json.dumps(entry) + "\n")
+    with open(temporary, "wb") as file:
+        for line, entry in _lines(path):
+            if entry is not None and entry["step"] <= last_step and line.endswith(b"\n"):
+                file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -3,9 +3,10 @@
     sources --mixture, shuffle--> records --formatter--> examples --batch--> Batch
                                        \\--packing-----> rows ----/
 
-Row r of step s is element s * batch_size + r of an endless sequence that any process can compute
-at any place, so hosts, threads, workers and restarts only choose which elements are computed
-where. grain runs the elements ahead of time in threads or processes.
+Row r of step s is element s * batch_size + r (counted on from where it stood when the batch size
+changed) of an endless sequence that any process can compute at any place, so hosts, threads,
+workers and restarts only choose which elements are computed where. grain runs the elements ahead
+of time in threads or processes.
 
 Mixture weights are shares of rows: of examples without packing, of tokens with it.
 """
@@ -88,6 +89,7 @@ def make_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    start_row: int | None = None,
     rows: np.ndarray | None = None,
 ) -> Batches:
     """Endless batches from `start_step` on.
@@ -99,6 +101,8 @@ def make_batches(
       batch_size: rows of the global batch.
       seed: of the run.
       start_step: of the first batch.
+      start_row: rows of all steps before it; None is `start_step * batch_size`, right for a run
+        whose batches always had this size.
       rows: which rows of the global batch this process needs; None is all.
 
     Raises:
@@ -106,8 +110,9 @@ def make_batches(
         not fit the formatter.
     """
     rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+    start_row = start_step * batch_size if start_row is None else start_row
     table = _Rows(config, formatter, seed)
-    return Batches(config, formatter, _Endless(table, batch_size, rows, start_step), start_step)
+    return Batches(config, formatter, _Endless(table, batch_size, rows, start_row), start_step)
 
 
 def one_pass(
@@ -450,16 +455,16 @@ def _token_lengths(
 class _Endless:
     """The rows that one process needs, step after step: what grain indexes."""
 
-    def __init__(self, table: _Rows, batch_size: int, rows: np.ndarray, start_step: int):
+    def __init__(self, table: _Rows, batch_size: int, rows: np.ndarray, start_row: int):
         self.table, self.rows_per_batch = table, len(rows)
-        self._batch_size, self._rows, self._start_step = batch_size, rows, start_step
+        self._batch_size, self._rows, self._start_row = batch_size, rows, start_row
 
     def __len__(self) -> int:
         return 2**48  # grain wants a length; no run is longer
 
     def __getitem__(self, index: int) -> _Row:
         step, row = divmod(int(index), len(self._rows))
-        number = (self._start_step + step) * self._batch_size + int(self._rows[row])
+        number = self._start_row + step * self._batch_size + int(self._rows[row])
         return self.table.row(*self.table.mixture.locate(number))
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -40,15 +41,26 @@ def load(kind: str, key: Any, build: Callable[[], Arrays]) -> dict[str, np.ndarr
       build: computes them.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    folder = wheels.cache_dir() / "index"
-    path = folder / f"{kind}-{digest}.npz"
+    below = pathlib.Path("index") / f"{kind}-{digest}.npz"
     try:
-        with np.load(path, allow_pickle=False) as kept:
+        with np.load(wheels.cache_dir() / below, allow_pickle=False) as kept:
             return dict(kept)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         arrays = dict(build())
-    folder.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as temporary:
-        np.savez(temporary, **arrays)
-    os.replace(temporary.name, path)
+    try:
+        _keep(wheels.writable_cache_dir() / below, arrays)
+    except OSError as error:  # a full disk: it costs time at the next start, not this run
+        print(f"vlm_jax: {kind} is not kept for the next start: {error}", file=sys.stderr)
     return arrays
+
+
+def _keep(path: pathlib.Path, arrays: Arrays) -> None:
+    path.parent.mkdir(exist_ok=True)
+    temporary = tempfile.NamedTemporaryFile(dir=path.parent, delete=False)
+    try:
+        with temporary:
+            np.savez(temporary, **arrays)
+        os.replace(temporary.name, path)
+    except OSError:  # what is there of it would stay for ever
+        os.unlink(temporary.name)
+        raise

