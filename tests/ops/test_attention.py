@@ -179,6 +179,58 @@ def test_the_library_and_ours_agree(case):
         assert np.isfinite(a).all()
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        "plain",
+        "causal",
+        "width 100",
+        "segments",
+        "padding",
+        "prefix",
+        "mask",
+        "bias",
+        "bias of keys",
+    ],
+)
+def test_cudnn_on_a_gpu(case):
+    """Values against the textbook, gradients against our float32 path."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU")
+    t = 64
+    q, k, v = make(t=t, n=4, k=2, h=100 if case == "width 100" else 64, dtype=jnp.bfloat16)
+    segments = jnp.asarray(np.random.default_rng(1).integers(1, 4, (2, t)).astype(np.int32)).sort()
+    valid = jnp.arange(t) < jnp.array([[t], [t - 5]])
+    some = jnp.asarray(np.random.default_rng(1).random((1, t, t)) < 0.5).at[:, :, 0].set(True)
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, t, t)), jnp.bfloat16)
+    causal = dict(causal=True)
+    where, dense = {
+        "plain": ({}, None),
+        "causal": (causal, masks.causal(t)[None]),
+        "width 100": (causal, masks.causal(t)[None]),
+        "segments": (
+            dict(causal=True, q_segments_bt=segments, kv_segments_bs=segments),
+            masks.causal(t)[None] & masks.segments(segments, segments),
+        ),
+        "padding": (dict(kv_valid_bs=valid), jnp.broadcast_to(valid[:, None], (2, t, t))),
+        "prefix": (dict(causal=True, prefix=20), masks.prefix(t, 20)[None]),
+        "mask": (dict(mask_bts=some), some),
+        "bias": (dict(bias_bnts=bias), None),
+        "bias of keys": (dict(bias_bnts=bias[:1, :1, :1]), None),
+    }[case]
+    assert attention.choose(q, k, **where) == "cudnn"
+    expected = plain(q, k, v, dense, np.asarray(where.get("bias_bnts", 0.0), np.float64))
+    close(attend(q, k, v, **where).astype(jnp.float32), expected, 2e-2)
+
+    def loss(qkv, how):
+        return jnp.square(attend(*qkv, implementation=how, **where).astype(jnp.float32)).mean()
+
+    low = jax.grad(loss)((q, k, v), "cudnn")
+    full = jax.grad(loss)([x.astype(jnp.float32) for x in (q, k, v)], "blocks")
+    for a, b in zip(low, full):
+        assert np.linalg.norm(a.astype(jnp.float32) - b) < 2e-2 * np.linalg.norm(b)
+
+
 def test_errors():
     q, k, v = make(n=4, k=3)
     with pytest.raises(ValueError, match="4 query heads cannot share 3"):
@@ -215,6 +267,14 @@ def test_choice(monkeypatch, platform, dtype, h, expected):
     assert dense == ("xla" if expected == "splash" else expected)
 
 
+def test_cudnn_takes_a_bias_of_its_dtype_alone(monkeypatch):
+    monkeypatch.setattr(attention.partition, "platform", lambda: "gpu")
+    q = jax.ShapeDtypeStruct((1, 256, 2, 64), "bfloat16")
+    for dtype, expected in (("bfloat16", "cudnn"), ("float32", "xla")):
+        bias = jax.ShapeDtypeStruct((1, 2, 256, 256), dtype)
+        assert attention.choose(q, q, bias_bnts=bias) == expected
+
+
 def test_cudnn_gets_padded_heads_no_causal_mask_and_the_true_scale(monkeypatch):
     calls = []
 
@@ -238,7 +298,7 @@ def test_cudnn_gets_padded_heads_no_causal_mask_and_the_true_scale(monkeypatch):
     close(out, plain(q, k, v, masks.causal(6)[None]))
     valid = jnp.array([[0, 1, 1, 1, 1, 1], [1] * 6], bool)
     out = attend(q, k, v, kv_valid_bs=valid, implementation="cudnn")
-    assert calls[1][1].shape == (2, 1, 1, 6)
+    assert calls[1][1].shape == (2, 1, 6, 6)  # cuDNN does not broadcast over queries
     close(out, plain(q, k, v, valid[:, None]))
     out = attend(q, k, v, causal=True, prefix=3, implementation="cudnn")
     assert calls[2][1].shape == (1, 1, 6, 6) and not calls[2][3]

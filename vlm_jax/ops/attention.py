@@ -117,7 +117,9 @@ def choose(q_btnh, k_bskh, *, q_offset=None, bias_bnts=None, mask_bts=None, **_)
         return "blocks"
     if q_offset is not None:
         return "xla"
-    if platform == "gpu" and low_precision and h <= _CUDNN_MAX_WIDTH and t % 2 == s % 2 == 0:
+    fits = h <= _CUDNN_MAX_WIDTH and t % 2 == s % 2 == 0  # odd lengths have no backward pass
+    same_dtype = bias_bnts is None or bias_bnts.dtype == q_btnh.dtype
+    if platform == "gpu" and low_precision and fits and same_dtype:
         return "cudnn"
     dense = bias_bnts is not None or mask_bts is not None
     if platform == "tpu" and not dense and t >= _LANES and s >= _LANES:
@@ -311,10 +313,12 @@ def _cudnn(q_btnh, k_bskh, v_bskh, bias_bnts, scale, *, causal, **where):
     if where["prefix"]:  # not the kernel's triangle any more
         where, causal = {**where, "causal": True}, False
     mask_bts = dense_mask(t, s, **where)  # None for plain causal or full attention
+    # The kernel broadcasts over batch and heads alone.
+    whole = lambda x: jnp.broadcast_to(x, (*x.shape[:2], t, s))  # noqa: E731
     o_btnh = jax.nn.dot_product_attention(
         *(_pad_axis(x, 3, 8) for x in (q_btnh, k_bskh, v_bskh)),
-        bias=bias_bnts,
-        mask=None if mask_bts is None else mask_bts[:, None],
+        bias=None if bias_bnts is None else whole(bias_bnts),
+        mask=None if mask_bts is None else whole(mask_bts[:, None]),
         scale=scale,
         is_causal=causal,
         implementation="cudnn",
