@@ -17,7 +17,9 @@ everywhere, units in the names:
 from __future__ import annotations
 
 import importlib
+import json
 import types
+from collections.abc import Mapping
 from typing import Any
 
 Record = dict[str, Any]
@@ -50,6 +52,24 @@ def require(module: str, extra: str = "data") -> types.ModuleType:
         ) from error
 
 
+def parse_json(content: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+      BadRecordError: not JSON, not UTF-8, numbers or nesting beyond what Python reads.
+    """
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BadRecordError(f"{type(error).__name__}: {error}") from error
+
+
+def keys_of(record: Mapping[Any, Any]) -> str:
+    """The keys for a message: a few of them, in order, none of them long."""
+    keys = sorted(f"{key!s:.40}" for key in record)
+    return ", ".join(keys[:12]) + (f" and {len(keys) - 12} more" if len(keys) > 12 else "")
+
+
 def pack(record: Record) -> bytes:
     """The record as msgpack; arrays must have been turned into bytes."""
     import msgpack
@@ -67,7 +87,7 @@ def unpack(content: bytes) -> Record:
 
     try:
         record = msgpack.unpackb(content, raw=False)
-    except (ValueError, TypeError) as error:  # msgpack's errors are ValueErrors
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise BadRecordError(f"not a msgpack record: {error}") from error
     if not isinstance(record, dict):
         raise BadRecordError(f"a msgpack {type(record).__name__} where a map was expected")

@@ -36,7 +36,7 @@ def load(kind: str, key: Any, build: Callable[[], Arrays]) -> dict[str, np.ndarr
     """The arrays kept for (kind, key), or those that `build` computes now.
 
     Args:
-      kind: file name prefix, for example "jsonl".
+      kind: file name prefix, for example "jsonl-2"; the number changes when the arrays do.
       key: JSON-like; everything that the arrays depend on.
       build: computes them.
     """

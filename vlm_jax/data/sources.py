@@ -22,18 +22,18 @@ and is picklable: files are opened where they are read.
 
 from __future__ import annotations
 
-import glob
 import importlib
-import json
+import io
 import os
 import pathlib
-import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from vlm_jax.data import records, sidecar
+from vlm_jax.data import array_records, records, shard_files, sidecar, tar_index
+
+MAX_LINE = 64 * 2**20  # bytes; a longer line is left out, not read
 
 
 class Source(Protocol):
@@ -76,28 +76,6 @@ def make_source(type: str, **fields: Any) -> Source:
         raise records.DataError(f"data source of type {type!r}: {error}") from error
 
 
-def find_files(path: str | os.PathLike | Sequence[str]) -> list[pathlib.Path]:
-    """The files that `path` means, sorted within each of its entries.
-
-    Raises:
-      DataError: an entry means no file.
-    """
-    entries = [path] if isinstance(path, str | os.PathLike) else list(path)
-    found = []
-    for entry in entries:
-        text = os.path.expanduser(os.fspath(entry))
-        if os.path.isdir(text):
-            text = os.path.join(glob.escape(text), "*")
-        exists = os.path.isfile(text)
-        files = [text] if exists else sorted(filter(os.path.isfile, glob.glob(text)))
-        if not files:
-            raise records.DataError(f"no such file: {entry}")
-        found.extend(pathlib.Path(file) for file in files)
-    if not found:
-        raise records.DataError(f"no files given: path={path!r}")
-    return found
-
-
 class Memory:
     """Records of a list."""
 
@@ -120,44 +98,7 @@ class Memory:
         """None: derived values are not kept."""
 
 
-class _Files:
-    """What sources of several files share: lazily opened descriptors, read at an offset."""
-
-    def __init__(self, path: str | os.PathLike | Sequence[str]):
-        self.paths = find_files(path)
-        self.skipped: list[tuple[str, str]] = []
-        self._descriptors: dict[int, int] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptors": {}}
-
-    def __del__(self):
-        for descriptor in self.__dict__.get("_descriptors", {}).values():
-            os.close(descriptor)
-
-    def fingerprint(self) -> Any:
-        """Paths, sizes and times of change."""
-        return sidecar.fingerprint(self.paths)
-
-    def _read_at(self, file: int, offset: int, size: int) -> bytes:
-        # pread has no shared position, so threads need no lock. Two threads that open the same
-        # file at once would lose one descriptor; setdefault tells which, and it is closed.
-        descriptor = self._descriptors.get(file)
-        if descriptor is None:
-            opened = os.open(self.paths[file], os.O_RDONLY)
-            descriptor = self._descriptors.setdefault(file, opened)
-            if descriptor != opened:
-                os.close(opened)
-        content = os.pread(descriptor, size, offset)
-        if len(content) != size:
-            raise records.BadRecordError(
-                f"{self.paths[file]}: {len(content)} of {size} bytes at {offset}; "
-                "the file was cut off or changed while in use"
-            )
-        return content
-
-
-class JsonLines(_Files):
+class JsonLines(shard_files.Files):
     """One JSON object a line. The index of byte offsets is made once per content of the file.
 
     Lines that are not a JSON object are left out and listed in `skipped`; empty lines are ignored.
@@ -166,8 +107,8 @@ class JsonLines(_Files):
     def __init__(self, path: str | os.PathLike | Sequence[str]):
         super().__init__(path)
         tables = []
-        for number, file in enumerate(self.paths):
-            index = sidecar.load("jsonl", sidecar.fingerprint([file]), lambda f=file: _scan(f))
+        for number, (file, stamp) in enumerate(zip(self.paths, self._stamps)):
+            index = sidecar.load("jsonl-2", [stamp], lambda f=file: _scan(f))
             tables.append(np.insert(index["lines"], 0, number, axis=1))
             for line, cause in zip(index["bad_lines"], index["bad_causes"]):
                 self.skipped.append((f"{file}:{line}", str(cause)))
@@ -179,10 +120,9 @@ class JsonLines(_Files):
 
     def __getitem__(self, index: int) -> records.Record:
         file, _, offset, size = map(int, self._table[index])
+        content = self._read_at(file, offset, size)
         try:
-            return json.loads(self._read_at(file, offset, size))
-        except records.BadRecordError:
-            raise
+            return _parse(content)
         except ValueError as error:
             raise records.BadRecordError(f"{error}; the file changed while in use") from error
 
@@ -192,31 +132,52 @@ class JsonLines(_Files):
         return f"{self.paths[file]}:{line}"
 
 
+def lines(stream: io.BufferedIOBase, most: int = MAX_LINE) -> Iterator[tuple[bytes | None, int]]:
+    """(line, its size) of every line; None for the content of one over `most` bytes."""
+    while line := stream.readline(most):
+        size = len(line)
+        if size == most and not line.endswith(b"\n"):
+            while rest := stream.readline(most):
+                size += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+            line = None if size > most else line
+        yield line, size
+
+
+def _parse(line: bytes) -> records.Record:
+    record = records.parse_json(line)
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    return record
+
+
 def _scan(path: pathlib.Path) -> dict[str, np.ndarray]:
-    lines, bad_lines, bad_causes, offset = [], [], [], 0
+    found, bad_lines, bad_causes, offset = [], [], [], 0
     with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
+        for number, (line, size) in enumerate(lines(stream), 1):
             try:
+                if line is None:
+                    raise ValueError(f"{size} bytes; at most {MAX_LINE} are read")
                 if line.strip():
-                    if not isinstance(json.loads(line), dict):
-                        raise ValueError("not a JSON object")
-                    lines.append((number, offset, len(line)))
-            except (ValueError, RecursionError) as error:
+                    _parse(line)
+                    found.append((number, offset, size))
+            except ValueError as error:
                 bad_lines.append(number)
-                bad_causes.append(f"{type(error).__name__}: {error}"[:200])
-            offset += len(line)
+                bad_causes.append(str(error)[:200])
+            offset += size
     return {
-        "lines": np.array(lines, np.int64).reshape(-1, 3),
+        "lines": np.array(found, np.int64).reshape(-1, 3),
         "bad_lines": np.array(bad_lines, np.int64),
         "bad_causes": np.array(bad_causes, np.str_),
     }
 
 
-class TarShards(_Files):
+class TarShards(shard_files.Files):
     """Tar files whose members are grouped by name up to the first dot, as WebDataset writes them.
 
     Members are read in place and never extracted; anything but regular files (links, devices) is
-    left out and listed in `skipped`.
+    left out and listed in `skipped`, and so are names that occur twice in a shard.
 
     Args:
       path: see the module.
@@ -226,27 +187,27 @@ class TarShards(_Files):
     def __init__(self, path: str | os.PathLike | Sequence[str], members: Sequence[str] = ()):
         super().__init__(path)
         self._wanted = frozenset(members)
-        self._extensions: list[str] = []
+        self._codes: dict[str, int] = {}
         # Flat arrays: a third of the memory of dicts, and there are sets of 70 million records.
-        tables = [self._table(number, file) for number, file in enumerate(self.paths)]
+        tables = [self._table(number) for number in range(len(self.paths))]
         self._files, self._num_members, self._key_sizes, self._members = (
             np.concatenate(column) for column in list(zip(*tables))[:4]
         )
         self._keys = b"".join(table[4] for table in tables)
         self._first = np.cumsum(self._num_members) - self._num_members
         self._key_ends = np.cumsum(self._key_sizes)
+        self._extensions = list(self._codes)
 
-    def _table(self, number: int, file: pathlib.Path) -> tuple[Any, ...]:
+    def _table(self, number: int) -> tuple[Any, ...]:
         """Of one shard: per record (file, members, bytes of the key); members; keys."""
-        index = sidecar.load("tar", sidecar.fingerprint([file]), lambda: _scan_tar(file))
-        self.skipped += [(f"{file}:{name}", "not a regular file") for name in index["links"]]
-        groups: dict[str, dict[str, tuple[int, int]]] = {}
-        for name, (offset, size) in zip(index["names"], index["places"].tolist()):
-            key, extension = _split_name(str(name))
-            groups.setdefault(key, {})[extension] = (offset, size)
+        file = self.paths[number]
+        index = sidecar.load("tar-2", [self._stamps[number]], lambda: tar_index.scan(file))
+        left_out = zip(index["bad_names"], index["bad_causes"])
+        self.skipped += [(f"{file}:{name}", str(cause)) for name, cause in left_out]
+        groups = tar_index.samples(index)
         keys = [key.encode(errors="surrogateescape") for key in groups]
         members = [
-            (self._code(extension), *place)
+            (self._codes.setdefault(extension, len(self._codes)), *place)
             for group in groups.values()
             for extension, place in group.items()
         ]
@@ -257,11 +218,6 @@ class TarShards(_Files):
             np.array(members, np.int64).reshape(-1, 3),
             b"".join(keys),
         )
-
-    def _code(self, extension: str) -> int:
-        if extension not in self._extensions:
-            self._extensions.append(extension)
-        return self._extensions.index(extension)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -291,77 +247,7 @@ class TarShards(_Files):
         return f"{self.paths[int(self._files[index])]}:{key}"
 
 
-_TAR_VALUES = {"json": json.loads, "txt": lambda content: content.decode(), "cls": int}
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
-
-
-def _scan_tar(path: pathlib.Path) -> dict[str, np.ndarray]:
-    names, places, links = [], [], []
-    size = path.stat().st_size
-    try:
-        # "r:" reads uncompressed archives only: inside a compressed one nothing can be sought.
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isreg():
-                    if member.offset_data + member.size > size:
-                        raise tarfile.TarError(f"member {member.name!r} is cut off")
-                    names.append(member.name)
-                    places.append((member.offset_data, member.size))
-                elif not member.isdir():
-                    links.append(member.name)
-    except tarfile.TarError as error:
-        raise records.DataError(
-            f"{path}: {error}; shards must be complete and uncompressed (gunzip them first)"
-        ) from error
-    return {
-        "names": np.array(names, np.str_),
-        "places": np.array(places, np.int64).reshape(-1, 2),
-        "links": np.array(links, np.str_),
-    }
-
-
-class ArrayRecord:
-    """ArrayRecord files, one msgpack dict a record (or raw bytes)."""
-
-    skipped: Sequence[tuple[str, str]] = ()
-
-    def __init__(self, path: str | os.PathLike | Sequence[str], decode: str = "msgpack"):
-        if decode not in ("msgpack", "raw"):
-            raise records.DataError(f"decode={decode!r} is not 'msgpack' or 'raw'")
-        module = records.require("array_record.python.array_record_data_source")
-        self.paths, self._decode = find_files(path), decode
-        try:
-            self._reader = module.ArrayRecordDataSource([str(path) for path in self.paths])
-            length = len(self._reader)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise records.DataError(
-                f"{', '.join(map(str, self.paths))}: not ArrayRecord: {error}"
-            ) from error
-        self._length = length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> records.Record:
-        try:
-            content = self._reader[int(index)]
-        except Exception as error:  # the reader raises bare RuntimeErrors and IndexErrors
-            raise records.BadRecordError(f"{self.record_id(index)}: {error}") from error
-        return {"bytes": content} if self._decode == "raw" else records.unpack(content)
-
-    def record_id(self, index: int) -> str:
-        """File (of one) or first file (of several), and the number over all files."""
-        more = f"+{len(self.paths) - 1}" if len(self.paths) > 1 else ""
-        return f"{self.paths[0]}{more}:{index}"
-
-    def fingerprint(self) -> Any:
-        """Paths, sizes and times of change."""
-        return sidecar.fingerprint(self.paths)
+_TAR_VALUES = {"json": records.parse_json, "txt": lambda content: content.decode(), "cls": int}
 
 
 class Tfds:
@@ -408,7 +294,7 @@ class Tfds:
 
 
 TYPES = {
-    "array_record": ArrayRecord,
+    "array_record": array_records.ArrayRecord,
     "jsonl": JsonLines,
     "tar": TarShards,
     "tfds": Tfds,

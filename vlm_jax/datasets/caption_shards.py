@@ -16,7 +16,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from vlm_jax.data import records, sources
+from vlm_jax.data import records, shard_files, sources
 
 # split -> (folder below the root, pairs in the paper)
 SPLITS = {
@@ -126,7 +126,7 @@ def find_shards(path: str | os.PathLike | Sequence[str]) -> list[pathlib.Path]:
                 raise records.DataError(f"{folder} holds no .tar, at any depth")
             found += shards
         else:
-            found += sources.find_files(entry)
+            found += shard_files.find_files(entry)
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data import records, sidecar, sources
+from vlm_jax.data import records, shard_files, sidecar
 
 _SEPARATOR = b" : "
 
@@ -32,7 +32,7 @@ class ImageList:
     """
 
     def __init__(self, path: str | os.PathLike, root: str = ""):
-        (self._path,) = sources.find_files(path)
+        (self._path,) = shard_files.find_files(path)
         self._root = pathlib.Path(root).expanduser() if root else self._path.parent
         index = sidecar.load("list", sidecar.fingerprint([self._path]), self._scan)
         self._places = index["places"]

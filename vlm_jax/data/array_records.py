@@ -1,0 +1,79 @@
+"""ArrayRecord files as one source, with a bounded number of them open."""
+
+from __future__ import annotations
+
+import bisect
+import concurrent.futures
+import functools
+import itertools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from vlm_jax.data import records, shard_files
+
+_OPTIONS = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32_768}
+_COUNTING = 16  # files opened at once to count their records; remote ones take a while each
+
+
+class ArrayRecord(shard_files.Files):
+    """ArrayRecord files, one msgpack dict a record (or raw bytes)."""
+
+    def __init__(self, path: str | os.PathLike | Sequence[str], decode: str = "msgpack"):
+        if decode not in ("msgpack", "raw"):
+            raise records.DataError(f"decode={decode!r} is not 'msgpack' or 'raw'")
+        super().__init__(path)
+        self._decode = decode
+        with concurrent.futures.ThreadPoolExecutor(_COUNTING) as pool:
+            counts = pool.map(_count, self.paths)
+            self._ends = list(itertools.accumulate(counts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> records.Record:
+        file, place = self._locate(index)
+        try:
+            content = _kept_open(*self._stamps[file]).read([place])[0]
+        except records.DataError:
+            raise
+        except Exception as error:  # the reader raises bare RuntimeErrors and IndexErrors
+            raise records.BadRecordError(f"{self.record_id(index)}: {error}") from error
+        return {"bytes": content} if self._decode == "raw" else records.unpack(content)
+
+    def record_id(self, index: int) -> str:
+        """File, and the number in it."""
+        file, place = self._locate(index)
+        return f"{self.paths[file]}:{place}"
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        index = range(len(self))[int(index)]
+        file = bisect.bisect_right(self._ends, index)
+        return file, index - (self._ends[file - 1] if file else 0)
+
+
+def _open(path: str | os.PathLike) -> Any:
+    module = records.require("array_record.python.array_record_module")
+    # The reader itself is silent about files that it cannot open.
+    shard_files.open_file(path)
+    return module.ArrayRecordReader(str(path), **_OPTIONS)
+
+
+# Not closed when it is dropped, but when no thread reads from it any more.
+@functools.lru_cache(maxsize=shard_files.MOST_OPEN)
+def _kept_open(path: str, size: int, time_ns: int) -> Any:
+    del size, time_ns  # a file that was replaced is opened anew
+    return _open(path)
+
+
+def _count(path: os.PathLike) -> int:
+    try:
+        reader = _open(path)
+        count = reader.num_records()
+        if not reader.ok():
+            raise ValueError("the file is damaged or cut off")
+        return count
+    except records.DataError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise records.DataError(f"{path}: not ArrayRecord: {error}") from error
