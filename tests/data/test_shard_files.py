@@ -48,9 +48,9 @@ def test_few_files_are_open_at_once(tmp_path, kind, monkeypatch):
 @pytest.mark.slow
 def test_ten_thousand_shards_with_256_descriptors(tmp_path):
     """Links to a few files are as many shards; the limit holds for the whole process."""
-    for kind in ("jsonl", "array_record"):
+    for kind, count in (("jsonl", 2_000), ("array_record", 10_000)):
         write_shards(tmp_path / kind, 2, kind)
-        for number in range(2, 10_000):
+        for number in range(2, count):
             os.link(
                 tmp_path / kind / f"0000{number % 2}.{kind}",
                 tmp_path / kind / f"{number:05d}.{kind}",
