@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.data import images
+from vlm_jax.data import image_files, images
 from vlm_jax.models import vqgan
 from vlm_jax.nn import functional
 from vlm_jax.ops import buckets
@@ -76,14 +76,38 @@ class ImageTokenizer:
         """Pixels along a side of its images."""
         return self.cfg.resolution
 
-    def encode_u8(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """uint8 images of any size -> int32[N, tokens_per_image]; stretched as the reference."""
-        small = [images.to01(images.resize(picture, self.side)) for picture in pictures]
-        return self.encode(np.stack(small)) if small else self._no_ids()
+    def encode(self, pictures: Any) -> np.ndarray:
+        """Pictures -> their ids.
 
-    def encode(self, image01: np.ndarray) -> np.ndarray:
-        """float32[N, side, side, 3] in [0, 1] -> int32[N, tokens_per_image]."""
-        return self._in_buckets(self._functions[0], image01)
+        Args:
+          pictures: anything that `images.as_image` takes, of any size, or many of them: a list, or
+            an array [N, H, W, 3]. Stretched to the tokenizer's side as the reference does; floats
+            that have this size already are not rounded to bytes.
+
+        Returns:
+          int32[N, tokens_per_image]; of one picture int32[tokens_per_image].
+
+        Raises:
+          ImageError: see `images.as_image`.
+        """
+        listed, single = images.one_or_many(pictures)
+        if not listed:
+            return np.zeros((0, self.cfg.tokens_per_image), np.int32)
+        image01 = [self._image01(picture, number) for number, picture in enumerate(listed)]
+        ids = self._in_buckets(self._functions[0], np.stack(image01))
+        return ids[0] if single else ids
+
+    def encode_u8(self, pictures: Sequence[Any]) -> np.ndarray:
+        """`encode` of many pictures, floats rounded to bytes too."""
+        return self.encode(images.as_images(pictures))
+
+    def _image01(self, picture: Any, number: int) -> np.ndarray:
+        name, array = f"picture {number}", images.host_array(picture)
+        shape = (self.side, self.side, 3)
+        if array is not None and array.dtype.kind == "f" and array.shape == shape:
+            image_files.check_range(array.min(), array.max(), name)
+            return array.astype(np.float32)
+        return images.to01(images.resize(images.as_image(picture, name=name), self.side))
 
     def decode_u8(self, ids: np.ndarray) -> np.ndarray:
         """int32[N, tokens_per_image] -> uint8[N, side, side, 3]."""
@@ -116,6 +140,3 @@ class ImageTokenizer:
             for _, count, (filled,) in buckets.pieces(self.max_batch, x)
         ]
         return np.concatenate(parts) if parts else function(self.params, x[:0])
-
-    def _no_ids(self) -> np.ndarray:
-        return np.zeros((0, self.cfg.tokens_per_image), np.int32)

@@ -1,4 +1,5 @@
 import io
+import resource
 import struct
 import zlib
 
@@ -117,6 +118,72 @@ def test_missing_file_and_damaged_header(tmp_path):
             assert images.decode(damaged).ndim == 3
         except images.ImageError as error:
             assert str(len(good)) in str(error)
+
+
+def _files():
+    """A small file of every format and kind of pixel that is read."""
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a text"
+    files = {
+        "palette.png": encoded(photo.convert("P"), exif=exif),
+        "wide.png": encoded(Image.fromarray(np.arange(480, dtype=np.uint16).reshape(24, 20))),
+        "photo.jpg": encoded(photo, format="jpeg", exif=exif),
+        "progressive.jpg": encoded(photo, format="jpeg", progressive=True),
+        "lzw.tiff": encoded(photo, format="tiff", compression="tiff_lzw"),
+        "plain.tiff": encoded(photo.convert("CMYK"), format="tiff"),
+    }
+    for suffix in ("webp", "gif", "bmp", "ppm", "jpeg2000", "ico", "avif"):
+        if suffix.upper() in Image.SAVE and suffix.upper() in Image.OPEN:
+            files[suffix] = encoded(photo, format=suffix)
+    return files
+
+
+def _mutated(content, rng):
+    """A file with some bytes changed, fields set to extremes, cut, or joined to itself."""
+    made = bytearray(content)
+    for _ in range(int(rng.integers(1, 5))):
+        place, kind = int(rng.integers(len(made))), rng.integers(4)
+        if kind == 0:
+            made[place] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            made[place : place + 4] = [b"\xff" * 4, b"\0" * 4, b"\x7f" + b"\xff" * 3][
+                rng.integers(3)
+            ]
+        elif kind == 2:
+            del made[place + 1 :]
+        else:
+            made[place:place] = made[int(rng.integers(len(made))) :]
+    return bytes(made)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged tags
+def test_mutated_files_are_pictures_or_named_errors():
+    rng, before = np.random.default_rng(0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Image.init()
+    for name, content in _files().items():
+        for _ in range(60):
+            try:
+                found = images.decode(_mutated(content, rng), name=name)
+            except images.ImageError as error:
+                assert str(error).startswith(f"{name}: ")
+            else:
+                assert found.dtype == np.uint8 and found.shape[2] == 3
+                assert found.size <= 3 * images.MAX_PIXELS
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert used < 2**20  # KiB
+
+
+def test_a_small_file_of_a_large_picture_is_read_within_its_bound():
+    # 16 bits a pixel: the copies of the whole picture that made gigabytes of it are gone.
+    content = encoded(Image.new("I;16", (3000, 2000)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert images.decode(content).shape == (2000, 3000, 3)
+    used = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert used < 10 * 6_000_000
+    # Decoders that hold several copies have a lower limit of pixels.
+    with pytest.raises(images.ImageError, match="over the limit of 50 for WEBP"):
+        images.decode(encoded(Image.new("RGB", (9, 9)), format="webp"), max_pixels=100)
 
 
 def test_squares_and_crops():

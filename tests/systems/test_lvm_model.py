@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlm_jax import image_tokenizer
+from vlm_jax.data import images
 from vlm_jax.decoding import sampling
 from vlm_jax.systems import lvm
 from vlm_jax.weights import llama as llama_weights
@@ -107,8 +109,10 @@ def test_bad_input(model, golden):
     with pytest.raises(ValueError, match="empty"):
         model.continue_([])
     with pytest.raises(ValueError, match=r"\[H, W, 3\]"):
-        model.continue_([image[..., 0:1]])
-    with pytest.raises(ValueError, match="float in"):
+        model.continue_([image[..., :2]])
+    with pytest.raises(ValueError, match=r"is \[C, H, W\]"):
+        model.continue_([image.transpose(2, 0, 1)])
+    with pytest.raises(ValueError, match="values from 0 to 255; a picture is .* float in"):
         model.continue_([image.astype(np.float32)])
     with pytest.raises(ValueError, match="n=0"):
         model.continue_([image], 0)
@@ -116,6 +120,21 @@ def test_bad_input(model, golden):
         model.analogy([[(image, image)], [(image, image)]], [image])
     with pytest.raises(ValueError, match="codebook"):
         model.tokenizer.decode(np.full((1, 64), 64))
+
+
+def test_pictures_of_every_kind_are_one_prompt(model, golden, tmp_path):
+    image = golden["vq.images_u8"][0]
+    path = tmp_path / "a.png"
+    path.write_bytes(images.encode(image))
+    kinds = [image, Image.fromarray(image), str(path), path.read_bytes(), image / np.float32(255)]
+    ids = model.tokenizer.encode_u8(kinds)
+    np.testing.assert_array_equal(ids, np.tile(ids[:1], (5, 1)))
+    made = model.continue_(kinds[1:4], temperature=0.0)
+    np.testing.assert_array_equal(made, model.continue_(np.stack([image] * 3), temperature=0.0))
+    pairs = [(path, kinds[1])]
+    np.testing.assert_array_equal(model.analogy(pairs, path, temperature=0.0), made)
+    several = model.analogy([pairs, pairs], [path, image], temperature=0.0)
+    np.testing.assert_array_equal(np.stack(several), np.stack([made, made]))
 
 
 def test_a_tokenizer_of_another_size_is_refused():

@@ -56,6 +56,23 @@ def loaded(files):
     )  # fmt: skip
 
 
+def test_pictures_of_every_kind_get_equal_labels(files, loaded):
+    folder, photos, _, _ = files
+    photo, path = photos[0], folder / "0.png"
+    expected = loaded.label(photo, k=3)
+    kinds = [
+        str(path), path.read_bytes(), f"file://{path}", Image.open(path), photo / 255.0,
+        jax.numpy.asarray(photo), np.dstack([photo, photo[..., 0]]),
+    ]  # fmt: skip
+    assert loaded.label(kinds, k=3) == [expected] * len(kinds)
+    with pytest.raises(ValueError, match=r"picture 1: shape .* is \[C, H, W\]"):
+        loaded.label([photo, photo.transpose(2, 0, 1)])
+    with pytest.raises(ValueError, match="values from .* to .*; a picture is uint8, or float"):
+        loaded.attention(photo.astype(np.float32))
+    with pytest.raises(ValueError, match="a dict holds no pictures"):
+        loaded.label({"image": photo})
+
+
 def test_labels_of_the_reference_program(files, loaded):
     folder, photos, meta, _ = files
     found = loaded.label([folder / f"{i}.png" for i in range(3)] + [photos[3]], k=10)

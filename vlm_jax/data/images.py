@@ -1,107 +1,165 @@
-"""Images on the host: decoded safely, resized like the reference, drawn as labelled grids.
+"""Images on the host: one gate for every kind of picture, resizing, labelled grids.
+
+    as_image("cat.jpg"), as_image(url), as_image(pil_image), as_image(tensor)   -> uint8[H, W, 3]
 
 Arrays are H, W, C. `image_u8` is 0...255, `image01` is float32 0...1. Everything that can be wrong
-with a file becomes an `ImageError` that names it.
+with a picture becomes an `ImageError` that names it. Files are decoded by `image_files`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import io
 import os
-import pathlib
-from collections.abc import Sequence
+import urllib.parse
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
-from vlm_jax.data import records
+from vlm_jax.data import image_files, records, web
 
-# Refused from the header, before anything is decoded: 64 Mpx decode to 192 MiB.
-MAX_PIXELS = 64 * 2**20
-MAX_BYTES = 256 * 2**20
-# No EPS, PDF or WMF: they hand the file to an interpreter.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "ICO", "AVIF")
+ImageError = image_files.ImageError
+MAX_PIXELS = image_files.MAX_PIXELS
+decode = image_files.decode
+
+ENCODED = ("jpg", "jpeg", "png", "webp", "image")  # keys of records: tar shards, TFDS
+_KINDS = (
+    "a path, a file:// or http(s):// URL, the bytes of a file, a PIL image, or an array [H, W] or "
+    "[H, W, 1|3|4] of uint8, uint16, bool or floats in 0..1"
+)
 
 
-class ImageError(records.BadRecordError):
-    """An image that cannot be used; names the file and the cause."""
+def as_image(value: Any, *, name: str = "", reach: str = "web") -> np.ndarray:
+    """One picture of any kind as RGB; equal pixels give equal arrays whatever the wrapping.
 
-
-def decode(
-    source: bytes | str | os.PathLike, *, name: str = "", max_pixels: int = MAX_PIXELS
-) -> np.ndarray:
-    """One image as RGB, upright (EXIF orientation applied), first frame of animations.
-
-    Alpha is dropped, not composited, as the reference does; 16-bit grey keeps its high byte.
+    Files and PIL images are turned as EXIF says; of an animation the first frame counts. Grey gets
+    three channels, alpha is dropped, 16 bits keep the high byte, floats are rounded to bytes.
 
     Args:
-      source: encoded bytes, or a path.
-      name: what messages call it; the path by default.
-      max_pixels: larger images are refused from their header.
+      value: a path (str or PathLike), a file:// or http(s):// URL, the bytes of a file, a PIL image
+        of any mode, or an array of NumPy, JAX or torch: [H, W] or [H, W, 1|3|4] of uint8, uint16,
+        bool or floats in [0, 1].
+      name: what messages call a picture that has no path.
+      reach: where names may lead: "web", "files" (paths and file:// only: for names that come with
+        the data) or "nothing" (for servers). VLM_JAX_FETCH=0 also switches the web off.
 
     Returns:
       image_u8, uint8[H, W, 3].
 
     Raises:
-      ImageError: missing, not an image, truncated, too large, or of an unsupported format.
+      ImageError: anything else; an array [C, H, W], floats outside [0, 1], an empty picture; or a
+        file or URL that cannot be read, see `image_files.decode` and `web.read`.
     """
-    if isinstance(source, bytes | bytearray | memoryview):
-        name = name or f"<{len(source)} bytes>"
-        return _decode(bytes(source), name, max_pixels)
-    path = pathlib.Path(source)
-    name = name or str(path)
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise ImageError(f"{name}: {size} bytes is over the limit of {MAX_BYTES}")
-        content = path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{name}: cannot read: {error.strerror}") from error
-    return _decode(content, name, max_pixels)
+    if isinstance(value, str | os.PathLike):
+        return _named(os.fsdecode(value), reach)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return decode(value, name=name)
+    if isinstance(value, Image.Image):
+        return image_files.to_rgb(value, name or f"PIL image ({value.mode})")
+    name = name or "picture"
+    array = host_array(value)
+    if array is None:
+        raise ImageError(f"{name}: a {type(value).__name__} is no picture; give {_KINDS}")
+    return _from_array(array, name)
 
 
-def _decode(content: bytes, name: str, max_pixels: int) -> np.ndarray:
-    with _as_image_error(name):
-        image = Image.open(io.BytesIO(content), formats=_formats())
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError(
-            f"{name}: {width}x{height} = {width * height} pixels is over the limit of {max_pixels}"
+def as_images(values: Iterable[Any]) -> list[np.ndarray]:
+    """`as_image` of each; messages number them from 0."""
+    return [as_image(value, name=f"picture {number}") for number, value in enumerate(values)]
+
+
+def of_record(record: Mapping[str, Any]) -> np.ndarray:
+    """The picture of a record, uint8[H, W, 3]: `image_u8`, or a file's bytes under `ENCODED`.
+
+    Raises:
+      DataError: none of these keys. BadRecordError: it is no such picture, or cannot be read.
+    """
+    key = next((key for key in ("image_u8", *ENCODED) if key in record), None)
+    if key is None:
+        raise records.DataError(
+            f"a record with the keys {', '.join(sorted(record))} has no picture; one of image_u8, "
+            f"{', '.join(ENCODED)} is needed"
         )
-    with _as_image_error(name):
-        image.load()
-        return np.array(_rgb(ImageOps.exif_transpose(image)))
+    value = record[key]
+    if key == "image_u8":
+        value = np.asarray(value)
+        if value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3:
+            raise records.BadRecordError(
+                f"image_u8 is {value.dtype}{list(value.shape)}, not uint8[H, W, 3]"
+            )
+    return as_image(value, name=str(record.get("id", "")), reach="files")
 
 
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+def one_or_many(values: Any) -> tuple[list[Any], bool]:
+    """The pictures of an argument that is one picture or several, and whether it is one.
+
+    Args:
+      values: a picture of any kind, an array [N, H, W, C], or an iterable of pictures.
+
+    Raises:
+      ImageError: neither.
+    """
+    kinds = str | os.PathLike | bytes | bytearray | memoryview | Image.Image
+    array = None if isinstance(values, kinds) else host_array(values)
+    if isinstance(values, kinds) or (array is not None and array.ndim in (2, 3)):
+        return [values], True
+    if array is not None and array.ndim > 3:
+        return list(array), False
+    numbers = array is not None and array.dtype.kind not in "OU"
+    if numbers or isinstance(values, Mapping) or not isinstance(values, Iterable):
+        raise ImageError(f"a {type(values).__name__} holds no pictures; give {_KINDS}, or a list")
+    return list(values), False
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no defined range")
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips at 255 instead of scaling.
-        wide = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((np.clip(wide, 0, 65535) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+def _named(text: str, reach: str) -> np.ndarray:
+    if reach == "nothing":
+        raise ImageError(f"{text}: paths and URLs are not taken here; give the content")
+    if not web.is_url(text):
+        return decode(_local(text), name=text)
+    if reach != "web":
+        raise ImageError(f"{text}: URLs are not read here; save the file first")
+    return decode(web.read(text, max_bytes=image_files.MAX_BYTES), name=text)
 
 
-@contextlib.contextmanager
-def _as_image_error(name: str):
-    # Decoders of hostile bytes raise nearly every type there is: OSError, SyntaxError,
-    # struct.error, zlib.error, DecompressionBombError, ...
-    try:
-        yield
-    except Exception as error:
-        cause = "not an image of a supported format"
-        if not isinstance(error, Image.UnidentifiedImageError):
-            cause = str(error) or type(error).__name__
-        raise ImageError(f"{name}: {cause}") from error
+def _local(text: str) -> str:
+    if not text.lower().startswith("file://"):
+        return os.path.expanduser(text)
+    parts = urllib.parse.urlsplit(text)
+    if parts.netloc not in ("", "localhost"):
+        raise ImageError(f"{text}: names the host {parts.netloc!r}; file:///PATH is read")
+    # Through bytes: names need not be UTF-8.
+    return os.fsdecode(urllib.parse.unquote_to_bytes(os.fsencode(parts.path)))
+
+
+def host_array(value: Any) -> np.ndarray | None:
+    """A NumPy, JAX or torch array as NumPy's, bfloat16 as float32; None for anything else."""
+    if hasattr(value, "detach"):  # torch, perhaps on a device, perhaps bfloat16
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+    if not hasattr(value, "__array__"):
+        return None
+    array = np.asarray(value)
+    # bfloat16 and the like are no floats to NumPy.
+    return array.astype(np.float32) if "float" in array.dtype.name else array
+
+
+def _from_array(array: np.ndarray, name: str) -> np.ndarray:
+    shape = list(array.shape)
+    if array.ndim in (2, 3) and not array.size:
+        raise ImageError(f"{name}: an empty picture, shape {shape}")
+    if array.ndim == 3 and shape[2] not in (1, 3, 4) and shape[0] in (1, 3, 4):
+        raise ImageError(
+            f"{name}: shape {shape} is [C, H, W]; give [H, W, C]: transpose(1, 2, 0) in NumPy, "
+            f"permute(1, 2, 0) in torch"
+        )
+    if array.ndim not in (2, 3) or (array.ndim == 3 and shape[2] not in (1, 3, 4)):
+        raise ImageError(
+            f"{name}: shape {shape} is none of [H, W], [H, W, 1], [H, W, 3], [H, W, 4]"
+        )
+    image_u8 = image_files.to_bytes(array, name)
+    image_u8 = image_u8[..., None] if array.ndim == 2 else image_u8[..., :3]
+    return np.ascontiguousarray(np.broadcast_to(image_u8, (*image_u8.shape[:2], 3)))
 
 
 def encode(image_u8: np.ndarray, format: str = "png", **options) -> bytes:

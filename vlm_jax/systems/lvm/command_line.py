@@ -56,7 +56,7 @@ def predict(args):
         return
     # Decoded before the model is loaded: a wrong file should fail at once.
     paths = args.frames or [path for pair in args.pair for path in pair] + [args.query]
-    prompt = [images.decode(path) for path in paths]
+    prompt = [images.as_image(path) for path in paths]
     model = _load(args)
     made = _continue(model, prompt, args, args.seed)
     out = pathlib.Path(args.out)

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from vlm_jax import image_tokenizer
+from vlm_jax.data import images
 from vlm_jax.decoding import generate, sampling
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
@@ -72,8 +73,8 @@ class Lvm:
         """The n images that follow.
 
         Args:
-          frames: images (uint8 of any size, or float in [0, 1]) of one prompt, or a list of such
-            lists. Prompts may differ in length.
+          frames: images of one prompt, each anything that `images.as_image` takes, or a list of
+            such lists. Prompts may differ in length.
           n: new images.
           candidates: independent continuations of every prompt.
           temperature, top_k, top_p: see `decoding.sampling`; temperature 0 is greedy.
@@ -117,13 +118,13 @@ class Lvm:
         Raises:
           ValueError: as `continue_`; pairs that are not pairs; numbers that differ.
         """
-        single = not _is_image_list(query)
-        batches, queries = ([pairs], [query]) if single else (pairs, query)
+        queries, single = images.one_or_many(query)
+        batches = [pairs] if single else pairs
         if len(batches) != len(queries):
             raise ValueError(f"{len(batches)} lists of pairs for {len(queries)} queries")
         prompts = []
         for batch, last in zip(batches, queries):
-            if not batch or any(len(pair) != 2 for pair in batch):
+            if not len(batch) or any(len(pair) != 2 for pair in batch):
                 raise ValueError("pairs must be a non-empty list of (image, image)")
             prompts.append([image for pair in batch for image in pair] + [last])
         made = self.continue_(prompts, 1, **options)
@@ -252,7 +253,7 @@ class Lvm:
 
     def _ids(self, prompts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
         """int32[images, tokens_per_image] per prompt; all images are encoded together."""
-        ids = self.tokenizer.encode_u8([_as_u8(image) for prompt in prompts for image in prompt])
+        ids = self.tokenizer.encode_u8([image for prompt in prompts for image in prompt])
         return np.split(ids, np.cumsum([len(prompt) for prompt in prompts])[:-1])
 
 
@@ -280,7 +281,7 @@ def from_run(
     name = tokenizer or task.tokenizer
     if not name:
         raise ValueError("the run names no tokenizer; give tokenizer=FOLDER")
-    images = image_tokenizer.ImageTokenizer.load(
+    vqgan = image_tokenizer.ImageTokenizer.load(
         name,
         side=task.image_side,
         codebook_size=task.codebook_size,
@@ -289,7 +290,7 @@ def from_run(
     return Lvm(
         dataclasses.replace(task.cfg, dtype=dtype or _default_dtype()),
         params,
-        images,
+        vqgan,
         context_images=context_images or task.context_images + 1,
         # What a row begins with: BOS, in the usual field list.
         lead_ids=formatter.encode({"tokens": b""})[0][: task.lead_tokens],
@@ -324,48 +325,34 @@ def from_upstream(
             f"{checkpoint} holds no tokenizer; give tokenizer=FOLDER with the released VQGAN "
             f"(config.json and pytorch_model.bin or .safetensors)"
         )
-    images = image_tokenizer.ImageTokenizer.load(tokenizer)
+    vqgan = image_tokenizer.ImageTokenizer.load(tokenizer)
     cfg = llama.PRESETS[preset] if preset else None
     dtype = dtype or _default_dtype()
     # Stored as computed: 7B in float32 would take 26 GB for nothing.
     cfg, params = llama_weights.load(checkpoint, cfg, dtype=dtype, param_dtype=dtype)
-    if images.cfg.num_embeddings > cfg.vocab_size:
+    if vqgan.cfg.num_embeddings > cfg.vocab_size:
         raise ValueError(
-            f"tokenizer {tokenizer!r} has {images.cfg.num_embeddings} codes, the language model "
+            f"tokenizer {tokenizer!r} has {vqgan.cfg.num_embeddings} codes, the language model "
             f"only {cfg.vocab_size} ids; give the tokenizer that it was trained with"
         )
-    return Lvm(cfg, params, images, context_images=context_images)
+    return Lvm(cfg, params, vqgan, context_images=context_images)
 
 
 def _default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def _is_image_list(value: Any) -> bool:
-    """A list of images, as against one image."""
-    return not (isinstance(value, np.ndarray) and value.ndim == 3)
-
-
-def _as_prompts(frames: Any) -> tuple[list[Any], bool]:
+def _as_prompts(frames: Any) -> tuple[list[list[Any]], bool]:
     """(list of prompts, whether there was just one)."""
-    if isinstance(frames, np.ndarray) and frames.ndim == 3:
+    listed, alone = images.one_or_many(frames)
+    if alone:
         raise ValueError("a prompt is a list of images; put the single image into a list")
-    if len(frames) == 0:
+    if not listed:
         raise ValueError("the prompt is empty; LVM continues at least one image")
-    first = frames[0]
-    single = isinstance(first, np.ndarray) and first.ndim == 3
-    prompts = [frames] if single else list(frames)
-    if any(len(prompt) == 0 for prompt in prompts):
+    found = [images.one_or_many(item) for item in listed]
+    if any(alone for _, alone in found):
+        return [listed], True
+    prompts = [pictures for pictures, _ in found]
+    if not all(prompts):
         raise ValueError("a prompt is empty; LVM continues at least one image")
-    return prompts, single
-
-
-def _as_u8(image: Any) -> np.ndarray:
-    image = np.asarray(image)
-    if image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(f"an image must be [H, W, 3], got shape {image.shape}")
-    if image.dtype == np.uint8:
-        return image
-    if image.dtype.kind == "f" and image.min() >= 0 and image.max() <= 1:
-        return (image * 255).round().astype(np.uint8)
-    raise ValueError(f"an image must be uint8 or float in [0, 1], got {image.dtype}")
+    return prompts, False

@@ -62,7 +62,7 @@ class Formatter:
                 ids = np.asarray(record.get(f"{key}_ids", ()), np.int32).reshape(-1, self.size)
                 example[f"{key}_ids"], count = _fill(ids, room, key), len(ids)
             else:
-                pictures = list(record.get(key, ()))
+                pictures = images.as_images(record.get(key, ()))
                 if not self.side:
                     raise records.DataError("pictures need task.tokenizer; 'tiny' or a folder")
                 small = [images.resize(picture, self.side) for picture in pictures]

@@ -31,7 +31,7 @@ def add_arguments(parser):
 def predict(args):
     """Loads, labels, prints and writes."""
     # Decoded before the model is loaded: a wrong file should fail at once.
-    photos = [images.decode(path) for path in args.image]
+    photos = [images.as_image(path) for path in args.image]
     given = {name: getattr(args, name) for name in ("clip", "llama", "tokenizer")}
     fields = {name: value for name, value in given.items() if value}
     model = loading.load("nxtp", args.checkpoint, **fields)

@@ -13,8 +13,8 @@
 Places count from the marker; the network adds those of the image. BOS, prompt, labels and
 delimiters are targets; EOS is an input and never a target.
 
-A record holds a picture, `image_u8` or a file's bytes under one of `ENCODED`, and `labels`, a list,
-or a `caption` (`captions`, `txt`), whose nouns are taken. Without either it is for inference.
+A record holds a picture (see `images.of_record`), and `labels`, a list, or a `caption` (`captions`,
+`txt`), whose nouns are taken. Without either it is for inference.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from vlm_jax.systems.nxtp import labels as labels_lib
 from vlm_jax.systems.nxtp import vocabulary
 
 _MAX_ASPECT = 100
-ENCODED = ("jpg", "jpeg", "png", "webp", "image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Formatter:
           BadRecordError: no picture that can be read, labels that are no text.
           DataError: no picture or no text among the record's keys.
         """
-        image_u8 = crop(picture_of(record), self.image_size)
+        image_u8 = crop(images.of_record(record), self.image_size)
         labels = labels_lib.of_record(record, self.tagger)
         row = self.rows(labels, rng)
         return {"image_u8": image_u8, **row}
@@ -154,23 +153,6 @@ def restarted(segments: np.ndarray) -> np.ndarray:
         own = segments == number
         places[own] = answer + np.arange(own.sum())
     return places
-
-
-def picture_of(record: Mapping[str, Any]) -> np.ndarray:
-    """The picture of a record, uint8[H, W, 3].
-
-    Raises:
-      DataError: none of the keys that hold pictures. ImageError: it cannot be read.
-    """
-    if "image_u8" in record:
-        return np.asarray(record["image_u8"])
-    key = next((key for key in ENCODED if key in record), None)
-    if key is None:
-        raise records.DataError(
-            f"a record with the keys {', '.join(sorted(record))} has no picture; one of image_u8, "
-            f"{', '.join(ENCODED)} is needed"
-        )
-    return images.decode(record[key], name=str(record.get("id", "")))
 
 
 def crop(image_u8: np.ndarray, side: int) -> np.ndarray:

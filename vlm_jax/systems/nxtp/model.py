@@ -74,7 +74,7 @@ class Nxtp:
         """Labels of one photo or of many.
 
         Args:
-          images: a photo (uint8 of any size, float in [0, 1], or a file's path), or a list.
+          images: a photo, anything that `images.as_image` takes, or many.
           k: branches: labels before equal texts are merged and empty ones dropped.
           max_tokens: of a label, its delimiter included.
           ranking: see `decoding.label_lists`: "prob", "first", "none", "ppl".
@@ -156,21 +156,16 @@ class Nxtp:
         return self._compiled[key](*self._halves, photos, prompt_bt)
 
     def _photos(self, images: Any) -> tuple[np.ndarray, bool]:
-        single = isinstance(images, str | os.PathLike) or getattr(images, "ndim", 0) in (2, 3)
-        listed = [images] if single else list(images)
+        listed, single = images_lib.one_or_many(images)
         if not listed:
             raise ValueError("no image to label")
         side = self.cfg.vision.image_size
-        return np.stack([format_lib.crop(_as_u8(image), side) for image in listed]), single
-
-
-def _as_u8(image: Any) -> np.ndarray:
-    if isinstance(image, str | os.PathLike):
-        return images_lib.decode(image)
-    image = np.asarray(image)
-    if image.dtype.kind == "f" and image.size and image.min() >= 0 and image.max() <= 1:
-        return images_lib.to_u8(image)
-    return image
+        # Cut one by one: only small ones are kept.
+        cut = [
+            format_lib.crop(images_lib.as_image(image, name=f"picture {number}"), side)
+            for number, image in enumerate(listed)
+        ]
+        return np.stack(cut), single
 
 
 def from_run(task: Any, formatter: Any, params: Any, *, tokenizer: str = "", dtype: str = ""):

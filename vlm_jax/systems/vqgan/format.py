@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data import images, records
+from vlm_jax.data import images
 
-_ENCODED = ("jpg", "jpeg", "png", "webp", "image")
 _CROPS = ("none", "center", "random")
 
 
@@ -49,7 +48,7 @@ class Formatter:
 
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """One picture. Random choices come from `rng` alone."""
-        image_u8 = _picture(record)
+        image_u8 = images.of_record(record)
         if self.crop == "center":
             image_u8 = images.crop_square(image_u8)
         elif self.crop == "random":
@@ -64,22 +63,3 @@ class Formatter:
 def make_formatter(**fields: Any) -> Formatter:
     """The formatter from `config.formatter`."""
     return Formatter(**fields)
-
-
-def _picture(record: Mapping[str, Any]) -> np.ndarray:
-    if "image_u8" in record:
-        image_u8 = np.asarray(record["image_u8"])
-    else:
-        key = next((key for key in _ENCODED if key in record), None)
-        if key is None:
-            raise records.DataError(
-                f"a record with the keys {', '.join(sorted(record))} has no picture; one of "
-                f"image_u8, {', '.join(_ENCODED)} is needed"
-            )
-        content = record[key]
-        image_u8 = content if isinstance(content, np.ndarray) else images.decode(content)
-    if image_u8.dtype != np.uint8 or image_u8.ndim != 3 or image_u8.shape[-1] != 3:
-        raise records.BadRecordError(
-            f"a picture is {image_u8.dtype}{list(image_u8.shape)}, not uint8[H, W, 3]"
-        )
-    return image_u8
