@@ -83,7 +83,7 @@ class Formatter:
           BadRecordError: no picture that can be read, labels that are no text.
           DataError: no picture or no text among the record's keys.
         """
-        image_u8 = crop(images.of_record(record), self.image_size)
+        image_u8 = crop(picture_of(record), self.image_size)
         labels = labels_lib.of_record(record, self.tagger)
         row = self.rows(labels, rng)
         return {"image_u8": image_u8, **row}
@@ -153,6 +153,9 @@ def restarted(segments: np.ndarray) -> np.ndarray:
         own = segments == number
         places[own] = answer + np.arange(own.sum())
     return places
+
+
+picture_of = images.of_record
 
 
 def crop(image_u8: np.ndarray, side: int) -> np.ndarray:
