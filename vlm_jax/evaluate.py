@@ -106,6 +106,9 @@ def check_all(
 ) -> None:
     """`check` of each on its first batch: all mistakes before anything expensive."""
     for evaluation in evaluations:
+        look = getattr(task, "check_data", lambda *_: None)
+        reader = _formatter_of(evaluation, task, formatter)
+        look(evaluation.data, reader, f"evals.{evaluation.name}.data")
         check(evaluation, task, params, first_batch(evaluation, formatter, seed, task))
 
 

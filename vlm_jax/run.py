@@ -133,6 +133,7 @@ def run(
         multihost_utils.sync_global_devices("prepared")
 
     if mode == "train":
+        getattr(task, "check_data", lambda *_: None)(recipe.data, formatter, "data")
         return train.fit(
             recipe,
             task,

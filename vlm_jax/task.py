@@ -54,6 +54,12 @@ class OptionalTask(Protocol):
     def check_batch(self, batch: Mapping[str, Any]) -> None:
         """Raises ValueError when a host batch does not fit the model; called on the first one."""
 
+    def check_data(self, data: Any, formatter: Formatter, name: str) -> None:
+        """Raises ValueError when files do not fit the task; called before anything is trained.
+
+        `data` is the `pipeline.DataConfig` of the run or of an evaluation, `name` its section.
+        """
+
     def pretrained(self) -> Params:
         """Part of the parameters, read from disk: frozen networks that the loss needs.
 

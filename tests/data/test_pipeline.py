@@ -228,6 +228,55 @@ def test_unreadable_document_leaves_a_gap_in_the_packing(tmp_path):
     assert lost > 0
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "array_record"])
+@pytest.mark.parametrize("packing", ["none", "stream", "documents"])
+def test_odd_records_count_as_bad_ones(tmp_path, kind, packing):
+    """As many kinds of them as the limit allows; they weigh nothing and nothing is made of them."""
+    odd = [5, [1e999], [None], [1.7], [[1]], "no base64", {"a": 1}, [10**30], None]
+    lines = [{"tokens": tokens} for tokens in odd] + [{"tokens": [1, 2, 3]}] * 40
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    else:
+        module = pytest.importorskip("array_record.python.array_record_module")
+        writer = module.ArrayRecordWriter(str(path), "group_size:1")
+        for line in lines:
+            fits = line["tokens"] != [10**30]  # no number of msgpack
+            writer.write(records.pack(line) if fits else b"\xc1")
+        writer.close()
+    mixture = {"a": {"type": kind, "path": str(path)}}
+    config = pipeline.DataConfig(
+        mixture=mixture, packing=packing, shuffle=False, max_bad_fraction=0.2
+    )
+    batches = list(pipeline.one_pass(config, TOKENS, batch_size=7))
+    weight = sum(batch["weights"].sum() for batch in batches)
+    assert weight == {"none": 160, "documents": 160, "stream": 199}[packing]
+    assert max(batch["targets"].max() for batch in batches) == 51  # EOS
+    strict = pipeline.DataConfig(mixture=mixture, packing=packing, max_bad_fraction=0.1)
+    with pytest.raises(records.DataError, match="records cannot be used"):
+        list(pipeline.one_pass(strict, TOKENS, batch_size=7))
+
+
+def test_when_nothing_can_be_formatted_the_first_cause_is_said(tmp_path):
+    mixture = {"a": write(tmp_path / "a.jsonl", [-1, -2, -3])}
+    config = pipeline.DataConfig(mixture=mixture, max_bad_fraction=1.0)
+    with pytest.raises(records.DataError, match=r"the first: .*a\.jsonl:1: n=-1 is negative"):
+        list(pipeline.one_pass(config, Numbers(), batch_size=2))
+
+
+def test_huge_causes_are_cut(tmp_path, capsys):
+    class Talkative(Numbers):
+        def __call__(self, record, rng):
+            if record["n"] == 3:
+                raise records.BadRecordError("x" * 10**6)
+            return super().__call__(record, rng)
+
+    mixture = {"a": write(tmp_path / "a.jsonl", range(20))}
+    config = pipeline.DataConfig(mixture=mixture, max_bad_fraction=0.5)
+    assert len(list(pipeline.one_pass(config, Talkative(), batch_size=5))) == 4
+    assert len(capsys.readouterr().err) < 1000
+
+
 def test_token_ids_out_of_range_stop_with_the_record(tmp_path):
     path = tmp_path / "a.jsonl"
     good, bad = (lvm_format.to_base64(np.array(ids)) for ids in ([1, 2, 3], [1, 9000, 3]))

@@ -1,9 +1,11 @@
 import json
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests import fuzz
 from vlm_jax.data import records, sources
 
 
@@ -58,3 +60,46 @@ def test_missing_pictures_are_named_before_anything_runs(folder):
     with pytest.raises(records.DataError, match="2 of 3 pictures do not exist") as caught:
         make(folder, {"input": ["a.png", "gone.png"], "target": ["lost.png"]})
     assert "line 1: gone.png" in str(caught.value) and "line 1: lost.png" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000, "5", "null", '{"input": null}', '{"input": [null]}', '{"input": {"a": 1}}',
+        '{"input": [1e999]}', '{"input": ["a.png"], "output": 5}', '{"input": ["\\u0000"]}',
+        '{"input": ["\\ud800.png"]}', '{"input": ["' + "n" * 500_000 + '"]}', '{"input": ["pipe"]}',
+        '{"input": ["."]}',
+    ],
+    ids=lambda line: line[:30],
+)  # fmt: skip
+def test_hostile_lines(folder, line):
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(records.DataError) as caught:
+        make(folder, {"input": ["a.png"]}, line)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_pipe_is_no_list(folder):
+    os.mkfifo(folder / "prompts")
+    with pytest.raises(records.DataError, match="is not a regular file"):
+        sources.make_source(type="visual_prompts", path=str(folder / "prompts"))
+
+
+def test_separators_of_lines_that_json_does_not_know(folder):
+    name = "a\u2028b.png"
+    (folder / "a.png").rename(folder / name)
+    text = json.dumps({"input": [name]}, ensure_ascii=False)
+    assert make(folder, text)[0]["prompt"][0].shape == (4, 6, 3)
+
+
+def test_damage_of_any_kind(folder):
+    line = json.dumps({"input": ["a.png", "b.png"], "target": ["c.png"], "output": "d.png"})
+    path = folder / "prompts.jsonl"
+    for content in fuzz.mutations(f"{line}\n{line.replace('d.png', 'e.png')}\n".encode(), 300):
+        path.write_bytes(content)
+        with fuzz.bounded(megabytes=16):
+            try:
+                source = sources.make_source(type="visual_prompts", path=str(path))
+            except records.DataError:
+                continue
+        assert all(isinstance(source.record_id(i), str) for i in range(len(source)))

@@ -63,6 +63,32 @@ def test_bad_records():
             make().encode(record)
 
 
+ODD = [
+    5, None, True, 1.5, {"a": 1}, [1.7], [1.0], [None], [True, 1], [float("inf")], [float("nan")],
+    [1e300], [10**30], [2**31], [[1, 2]], [[]], ["1"], "\ud800", "AAAA\n", b"123", "AAA=", {},
+    np.array([1.0]), np.array(3), np.array([True]), np.array([[1]]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", ODD, ids=repr)
+def test_ids_of_other_types_are_bad_records(tokens):
+    with pytest.raises(records.BadRecordError, match="field 'tokens'"):
+        make().encode({"tokens": tokens})
+
+
+def test_no_ids_are_an_empty_sentence():
+    for nothing in ([], "", b"", (), np.zeros(0, np.int64)):
+        assert make().encode({"tokens": nothing})[0].tolist() == [64, 65]
+
+
+def test_messages_about_huge_records_are_short():
+    huge = {f"key{i}" * 1000: "x" for i in range(1000)} | {b"bytes": 1}
+    for record in (huge, {"tokens": "!" * 10**6}, {"tokens": [[1] * 10**6]}):
+        with pytest.raises(records.BadRecordError) as caught:
+            make().encode(record)
+        assert len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize(("bad", "place"), [(70, 2), (-1, 1)])
 def test_ids_out_of_range_are_fatal(bad, place):
     ids = [3, 1, 2]

@@ -158,3 +158,20 @@ def test_labels_travel_in_a_batch():
     assert labels.from_bytes(labels.to_bytes([], 8)) == []
     assert labels.from_bytes(labels.to_bytes(["ab", "cd", "e"], 5)) == ["ab", "cd"]
     assert labels.from_bytes(labels.to_bytes(["ab", "cde"], 5)) == ["ab"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"labels": 5}, {"labels": None}, {"labels": [1]}, {"labels": {"a": 1}}, {"labels": "dog"},
+        {"labels": ["\ud800"]}, {"class_names": 3}, {"class_names": ["dog"]},
+        {"class_names": "cat, \udfff"}, {"caption": None}, {"captions": [["a"]]}, {"txt": b"a"},
+        {"caption": float("nan")}, {}, {b"txt": "a", 3: 4}, {"captions": {"a": "b"}},
+        {"txt": "a dog " * 20_000},
+    ],
+    ids=lambda record: repr(record)[:40],
+)  # fmt: skip
+def test_records_of_other_types_are_bad(record):
+    with pytest.raises(records.BadRecordError) as caught:
+        labels.of_record(record, Dictionary())
+    assert len(str(caught.value)) < 500

@@ -27,6 +27,8 @@ import numpy as np
 
 from vlm_jax.data import order, packing, records, sidecar, sources
 
+_MAX_CAUSE = 500  # letters of a message that are kept: records may hold anything
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -163,13 +165,14 @@ class BadRecords:
         self.count += len(bad)
         for name, cause in bad:
             self._name(name, cause)
-        # A few bad records early in a run say little about the fraction.
-        if bad and (self.count > 10 or self.seen >= self._total or not self._max_fraction):
+        # A few bad records say little about the fraction before all records were seen.
+        now = self.seen >= self._total > self.seen - seen
+        if now or bad and (self.count > 10 or self.seen >= self._total or not self._max_fraction):
             _stop_if_too_many(self._max_fraction, self.count, self.seen, self.causes)
 
     def _name(self, name: str, cause: str) -> None:
         if name not in self.causes:
-            self.causes[name] = cause
+            self.causes[name] = cause = cause[:_MAX_CAUSE]
             print(f"vlm_jax: bad record {len(self.causes)}: {name}: {cause}", file=sys.stderr)
 
 
@@ -300,7 +303,7 @@ class _Rows:
             shuffle = order.Shuffle(len(source), seed, name, config.shuffle)
             plan = None
             if config.packing != "none":
-                lengths, bad = _token_lengths(source, formatter)
+                lengths, bad = token_lengths(source, formatter)
                 self.skipped += bad
                 # Checked here already: without usable records there is nothing to plan.
                 _stop_if_too_many(config.max_bad_fraction, len(bad), len(source), dict(bad))
@@ -367,14 +370,18 @@ class _Rows:
     @functools.cached_property
     def _zeros(self) -> dict[str, np.ndarray]:
         """The shapes of an example, from the first record that can be formatted."""
+        first = ""
         for entry in self._entries.values():
             for index in range(min(len(entry.source), 1000)):
                 try:
                     example = self._formatter(entry.source[index], np.random.default_rng(0))
-                except records.BadRecordError:
+                except records.BadRecordError as error:
+                    first = first or f"{entry.source.record_id(index)}: {error}"
                     continue
                 return {key: np.zeros_like(x) for key, x in example.items()}
-        raise records.DataError("none of the first 1000 records of any source can be formatted")
+        raise records.DataError(
+            f"none of the first 1000 records of any source can be formatted; the first: {first}"
+        )
 
 
 class _DocumentCache:
@@ -417,10 +424,14 @@ class _naming:
             error.add_note(f"while reading {self._record_id}")
 
 
-def _token_lengths(
+def token_lengths(
     source: sources.Source, formatter: Any
 ) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Ids per record (0 when unusable) and the unusable ones; kept beside the index."""
+    """Ids per record, int64[N], 0 for unusable ones, and those as (id, cause); kept with the index.
+
+    Raises:
+      DataError: a record that does not fit the formatter, for example ids of another codebook.
+    """
 
     def build() -> dict[str, np.ndarray]:
         lengths, bad, causes = np.zeros(len(source), np.int64), [], []
@@ -432,7 +443,7 @@ def _token_lengths(
                     lengths[index] = len(formatter.encode(source[index])[0])
                 except records.BadRecordError as error:
                     bad.append(index)
-                    causes.append(str(error))
+                    causes.append(str(error)[:_MAX_CAUSE])
         return {
             "lengths": lengths,
             "bad": np.array(bad, np.int64),
@@ -445,7 +456,7 @@ def _token_lengths(
         arrays = build()
     else:
         key = [fingerprint, type(formatter).__module__, repr(formatter)]
-        arrays = sidecar.load("lengths", key, build)
+        arrays = sidecar.load("lengths-2", key, build)
     bad = [
         (source.record_id(int(i)), str(cause)) for i, cause in zip(arrays["bad"], arrays["causes"])
     ]

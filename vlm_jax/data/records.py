@@ -64,10 +64,10 @@ def parse_json(content: str | bytes) -> Any:
         raise BadRecordError(f"{type(error).__name__}: {error}") from error
 
 
-def keys_of(record: Mapping[Any, Any]) -> str:
+def keys_of(record: Mapping[Any, Any]) -> list[str]:
     """The keys for a message: a few of them, in order, none of them long."""
     keys = sorted(f"{key!s:.40}" for key in record)
-    return ", ".join(keys[:12]) + (f" and {len(keys) - 12} more" if len(keys) > 12 else "")
+    return keys[:12] + ([f"and {len(keys) - 12} more"] if len(keys) > 12 else [])
 
 
 def pack(record: Record) -> bytes:
@@ -88,7 +88,7 @@ def unpack(content: bytes) -> Record:
     try:
         record = msgpack.unpackb(content, raw=False)
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise BadRecordError(f"not a msgpack record: {error}") from error
+        raise BadRecordError(f"not a msgpack record: {type(error).__name__}: {error}") from error
     if not isinstance(record, dict):
         raise BadRecordError(f"a msgpack {type(record).__name__} where a map was expected")
     return record

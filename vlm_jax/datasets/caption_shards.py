@@ -85,7 +85,7 @@ class CaptionShards:
             )
         if "error" in line:
             raise records.BadRecordError(f"{name}: no labels: {line['error']}")
-        return {**record, "labels": line["labels"]}
+        return {**record, "labels": line.get("labels")}
 
     def record_id(self, index: int) -> str:
         """Shard and key."""
@@ -121,7 +121,8 @@ def find_shards(path: str | os.PathLike | Sequence[str]) -> list[pathlib.Path]:
     for entry in entries:
         folder = pathlib.Path(entry).expanduser()
         if folder.is_dir():
-            shards = sorted(folder.rglob("*.tar"))
+            # Names that begin with a dot are what other systems keep beside a file.
+            shards = [file for file in sorted(folder.rglob("[!.]*.tar")) if file.is_file()]
             if not shards:
                 raise records.DataError(f"{folder} holds no .tar, at any depth")
             found += shards
@@ -132,7 +133,9 @@ def find_shards(path: str | os.PathLike | Sequence[str]) -> list[pathlib.Path]:
 
 def labels_file(folder: str | os.PathLike, shard: pathlib.Path) -> pathlib.Path:
     """Where the labels of a shard are kept: under the name of its folder and its own."""
-    return pathlib.Path(folder).expanduser() / shard.absolute().parent.name / f"{shard.name}.jsonl"
+    # Not `absolute`: the folder of "a/../b.tar" is not called "..", which would lead elsewhere.
+    inner = pathlib.Path(os.path.abspath(shard)).parent.name
+    return pathlib.Path(folder).expanduser() / inner / f"{shard.name.removesuffix('.gz')}.jsonl"
 
 
 def make_source(**fields) -> CaptionShards:

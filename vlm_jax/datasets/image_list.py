@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data import records, shard_files, sidecar
+from vlm_jax.data import images, records, shard_files, sidecar, sources
 
 _SEPARATOR = b" : "
+_MAX_LINE = 2**16  # bytes
 
 
 class ImageList:
@@ -34,10 +35,11 @@ class ImageList:
     def __init__(self, path: str | os.PathLike, root: str = ""):
         (self._path,) = shard_files.find_files(path)
         self._root = pathlib.Path(root).expanduser() if root else self._path.parent
-        index = sidecar.load("list", sidecar.fingerprint([self._path]), self._scan)
+        index = sidecar.load("list-2", sidecar.fingerprint([self._path]), self._scan)
         self._places = index["places"]
         self.skipped = [
-            (f"{self._path}:{line}", "no ' : ' between path and names") for line in index["bad"]
+            (f"{self._path}:{line}", "no ' : ' between path and names, or too long")
+            for line in index["bad"]
         ]
         self._content: np.ndarray | None = None
 
@@ -49,11 +51,7 @@ class ImageList:
 
     def __getitem__(self, index: int) -> records.Record:
         name, names = self._line(index)
-        file = self._root / name
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise records.BadRecordError(f"{file}: cannot read: {error.strerror}") from error
+        content = shard_files.read_bytes(self._root / name, images.MAX_BYTES)
         return {"image": content, "class_names": names, "id": self.record_id(index)}
 
     def record_id(self, index: int) -> str:
@@ -74,12 +72,12 @@ class ImageList:
     def _scan(self) -> dict[str, np.ndarray]:
         places, bad, offset = [], [], 0
         with self._path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if _SEPARATOR in line:
-                    places.append((offset, offset + len(line)))
-                elif line.strip():
+            for number, (line, size) in enumerate(sources.lines(stream, _MAX_LINE), 1):
+                if line is not None and _SEPARATOR in line:
+                    places.append((offset, offset + size))
+                elif line is None or line.strip():
                     bad.append(number)
-                offset += len(line)
+                offset += size
         return {
             "places": np.array(places, np.int64).reshape(-1, 2),
             "bad": np.array(bad, np.int64),

@@ -121,9 +121,13 @@ def make_source(**fields) -> Pascal5i:
 def _list_items(path: str, split: str, kind: str) -> tuple[_Item, ...]:
     """All records of the four folds. Reads every mask once: some ten seconds for VOC."""
     root = pathlib.Path(path)
-    text = _need(root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text()
+    text = _need(root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text(errors="replace")
     _need(root / "JPEGImages")
     names = text.split()
+    if strange := [name for name in names if os.path.basename(name) != name or name in (".", "..")]:
+        raise records.DataError(
+            f"{split}.txt lists {strange[0]!r:.80}, which is no name of an image of the data set"
+        )
     items = []
     if kind == "box":
         folder = _need(root / "Annotations")
@@ -164,10 +168,12 @@ def _read_classes(path: pathlib.Path) -> np.ndarray:
     """uint8[H, W] of class numbers, not of the palette's colours."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
+            if image.width * image.height > images.MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are too many")
             if image.mode not in ("P", "L"):
                 raise ValueError(f"mode {image.mode}; a mask has one channel of class numbers")
             return np.array(image)
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # decoders of damaged files raise nearly every type there is
         raise records.DataError(f"{path}: {error}") from error
 
 
@@ -189,9 +195,14 @@ def _single_object(path: pathlib.Path, name: str) -> list[_Item]:
     label = value("name", body)
     if label not in CLASSES:
         raise records.DataError(f"{path}: {label!r} is not a class of VOC")
-    width, height = (int(value(key, value("size", text))) for key in ("width", "height"))
-    corners = [float(value(key, body)) for key in ("xmin", "ymin", "xmax", "ymax")]
-    x0, y0, x1, y1 = (round(x) - 1 for x in corners)  # VOC counts pixels from 1
-    x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width - 1), min(y1, height - 1)
-    share = (x1 - x0 + 1) * (y1 - y0 + 1) / (width * height)
+    try:
+        width, height = (int(value(key, value("size", text))) for key in ("width", "height"))
+        corners = [float(value(key, body)) for key in ("xmin", "ymin", "xmax", "ymax")]
+        x0, y0, x1, y1 = (round(x) - 1 for x in corners)  # VOC counts pixels from 1
+        x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width - 1), min(y1, height - 1)
+        share = (x1 - x0 + 1) * (y1 - y0 + 1) / (width * height)
+    except records.DataError:
+        raise
+    except (ValueError, OverflowError, ZeroDivisionError) as error:
+        raise records.DataError(f"{path}: not the numbers of a box: {error}") from error
     return [] if share > _MAX_SHARE else [_Item(name, CLASSES.index(label) + 1, (x0, y0, x1, y1))]

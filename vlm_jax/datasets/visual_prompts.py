@@ -9,11 +9,12 @@ uint8[H, W, 3], and `output`. A record is called by its output, or by file and l
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 
-from vlm_jax.data import images, records
+from vlm_jax.data import images, records, shard_files
+
+_MAX_BYTES = 2**30
 
 
 class VisualPrompts:
@@ -32,9 +33,10 @@ class VisualPrompts:
     def __init__(self, path: str | os.PathLike, output: bool = False):
         self._path = pathlib.Path(os.path.expanduser(os.fspath(path)))
         try:
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise records.DataError(f"{path}: cannot read: {error.strerror}") from error
+            # Not splitlines: U+2028 and others may stand inside of a name.
+            lines = shard_files.read_bytes(self._path, _MAX_BYTES).decode("utf-8").split("\n")
+        except records.BadRecordError as error:
+            raise records.DataError(str(error)) from error
         except UnicodeDecodeError as error:
             raise records.DataError(f"{path}: is not JSON lines in UTF-8: {error}") from error
         self._lines = [
@@ -92,9 +94,10 @@ class VisualPrompts:
             for key in ("input", "target")
             for name in line[key]
         ]
-        missing = [(number, name) for number, name in named if not self._file(name).is_file()]
+        # os.path takes names that no file can have for missing ones, pathlib raises.
+        missing = [(number, name) for number, name in named if not os.path.isfile(self._file(name))]
         if missing:
-            shown = "".join(f"\n  line {number}: {name}" for number, name in missing[:8])
+            shown = "".join(f"\n  line {number}: {name:.200}" for number, name in missing[:8])
             more = f"\n  and {len(missing) - 8} more" if len(missing) > 8 else ""
             raise records.DataError(
                 f"{self._path}: {len(missing)} of {len(named)} pictures do not exist; relative "
@@ -109,8 +112,8 @@ def make_source(**fields) -> VisualPrompts:
 
 def _parse(text: str, name: str, needs_output: bool) -> dict:
     try:
-        line = json.loads(text)
-    except ValueError as error:
+        line = records.parse_json(text)
+    except records.BadRecordError as error:
         raise records.DataError(f"{name}: not JSON: {error}") from error
     if not isinstance(line, dict) or "input" not in line:
         raise records.DataError(f'{name}: a line is {{"input": [paths], ...}}')
@@ -118,9 +121,9 @@ def _parse(text: str, name: str, needs_output: bool) -> dict:
     for key in ("input", "target"):
         paths = line[key]
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            raise records.DataError(f"{name}: {key!r} is a list of paths, got {paths!r}")
+            raise records.DataError(f"{name}: {key!r} is a list of paths, got {paths!r:.80}")
     if not line["input"]:
         raise records.DataError(f"{name}: 'input' is empty; LVM continues at least one image")
     if not isinstance(line["output"], str) or (needs_output and not line["output"]):
-        raise records.DataError(f"{name}: 'output' must be a path, got {line['output']!r}")
+        raise records.DataError(f"{name}: 'output' must be a path, got {line['output']!r:.80}")
     return line

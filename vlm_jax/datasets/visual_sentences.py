@@ -60,12 +60,21 @@ def write(path: str | os.PathLike, sentences: Iterable[Sentence]) -> int:
 
 
 def read(path: str | os.PathLike) -> Iterator[Sentence]:
-    """The sentences of an ArrayRecord file."""
+    """The sentences of an ArrayRecord file.
+
+    Raises:
+      BadRecordError: a record of another form; names it.
+    """
     source = sources.make_source(type="array_record", path=path)
     for index in range(len(source)):
         record = dict(source[index])
-        tokens = np.frombuffer(record.pop("tokens"), "<i4").astype(np.int32)
-        yield Sentence(tokens, **record)
+        try:
+            tokens = np.frombuffer(record.pop("tokens"), "<i4").astype(np.int32)
+            yield Sentence(tokens, **record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise records.BadRecordError(
+                f"{source.record_id(index)}: not a visual sentence: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _check(sentence: Sentence) -> np.ndarray:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -30,12 +29,12 @@ import numpy as np
 from vlm_jax import image_tokenizer
 from vlm_jax.data import pictures, records
 from vlm_jax.datasets import visual_sentences
-from vlm_jax.nn import functional
-from vlm_jax.systems.lvm import plans
+from vlm_jax.systems.lvm import plans, token_files
 
 SUFFIXES = {"array_record": ".array_record", "jsonl": ".jsonl"}
 IMAGES_PER_SHARD = 16_384  # where --shards does not say: a few seconds to minutes of one device
 _REMEMBERED = 65_536  # images whose ids are kept in case they return
+_COUNTS = ("sentences", "images", "files", "bad_files")  # of a note
 _FEW = 100  # files before a share of bad ones means something
 
 
@@ -75,19 +74,15 @@ class Job:
         count = self.plan.count
         return range(count * shard // self.shards, count * (shard + 1) // self.shards)
 
-    def complete(self, shard: int) -> bool:
-        """Whether it need not be made again."""
-        return self.note(shard).exists() and self.path(shard).exists()
-
-
-def digest(tokenizer: image_tokenizer.ImageTokenizer) -> str:
-    """sha256 of parameters and config: equal digests give equal ids."""
-    found = hashlib.sha256(json.dumps(dataclasses.asdict(tokenizer.cfg), sort_keys=True).encode())
-    for path, leaf in sorted(functional.flatten(tokenizer.params).items()):
-        array = np.ascontiguousarray(leaf)
-        found.update(f"{path} {array.dtype} {array.shape}".encode())
-        found.update(array.view(np.uint8).data if array.size else b"")
-    return found.hexdigest()
+    def known(self, shard: int) -> dict[str, Any] | None:
+        """What `note` says of a complete shard; None when it must be made (again)."""
+        note = _read_json(self.note(shard))
+        whole = (
+            isinstance(note, dict)
+            and all(isinstance(note.get(key), int) for key in _COUNTS)
+            and isinstance(note.get("failures"), list)
+        )
+        return note if whole and self.path(shard).is_file() else None
 
 
 def check_manifest(folder: pathlib.Path, made_of: Mapping[str, Any]) -> None:
@@ -97,10 +92,15 @@ def check_manifest(folder: pathlib.Path, made_of: Mapping[str, Any]) -> None:
       DataError: the folder holds shards made of something else.
     """
     made_of = json.loads(json.dumps(made_of))
-    path = folder / "manifest.json"
+    path = folder / token_files.MANIFEST
     if not path.exists():
         _write_json(path, {"made_of": made_of})
-    before = json.loads(path.read_text())["made_of"]
+    before = (_read_json(path) or {}).get("made_of")
+    if not isinstance(before, dict):
+        raise records.DataError(
+            f"{path}: is not a manifest of token shards; give another --out, or delete it when "
+            "nothing else is there"
+        )
     differ = [key for key in sorted({*before, *made_of}) if before.get(key) != made_of.get(key)]
     if differ:
         lines = [f"  {key}: {before.get(key)!r} there, {made_of.get(key)!r} now" for key in differ]
@@ -121,8 +121,9 @@ def write(job: Job, shards: Sequence[int], stream=None) -> dict[str, int]:
       DataError: too many files cannot be read.
     """
     (job.folder / "shards").mkdir(parents=True, exist_ok=True)
-    todo = [shard for shard in shards if not job.complete(shard)]
-    kept = [json.loads(job.note(shard).read_text()) for shard in shards if shard not in todo]
+    notes = {shard: job.known(shard) for shard in shards}
+    todo = [shard for shard, note in notes.items() if note is None]
+    kept = [note for note in notes.values() if note is not None]
     report = _Report(job, todo, kept, stream or sys.stderr)
     with concurrent.futures.ThreadPoolExecutor(job.threads) as pool:
         try:
@@ -135,21 +136,28 @@ def write(job: Job, shards: Sequence[int], stream=None) -> dict[str, int]:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             report.close()
-    if all(job.complete(shard) for shard in range(job.shards)):
-        _summarize(job)
+    notes = [job.known(shard) for shard in range(job.shards)]
+    if None not in notes:
+        _summarize(job, notes)
     return {**report.total, "kept": len(kept)}
 
 
-def _summarize(job: Job) -> None:
+def _summarize(job: Job, notes: Sequence[Mapping[str, Any]]) -> None:
     """Totals into the manifest, failures into one file; equal whoever comes last."""
-    notes = [json.loads(job.note(shard).read_text()) for shard in range(job.shards)]
     lines = [f"{name}\t{cause}\n" for note in notes for name, cause in note["failures"]]
     _write_text(job.folder / "failures.txt", "".join(lines))
-    manifest = json.loads((job.folder / "manifest.json").read_text())
-    keys = ("sentences", "images", "files", "bad_files")
-    totals = {key: sum(note[key] for note in notes) for key in keys}
+    manifest = _read_json(job.folder / token_files.MANIFEST) or {}
+    totals = {key: sum(note[key] for note in notes) for key in _COUNTS}
     manifest["counts"] = {"shards": job.shards, **totals, "failures": len(lines)}
-    _write_json(job.folder / "manifest.json", manifest)
+    _write_json(job.folder / token_files.MANIFEST, manifest)
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    """None when there is no such file, or no JSON in it."""
+    try:
+        return records.parse_json(path.read_bytes())
+    except (OSError, records.BadRecordError):
+        return None
 
 
 def _write_json(path: pathlib.Path, content: Any) -> None:
@@ -312,8 +320,7 @@ class _Report:
         self._start_s = self._shown_s = time.monotonic()
 
     def begin(self) -> None:
-        keys = ("sentences", "images", "files", "bad_files")
-        self.shard = {**dict.fromkeys(keys, 0), "failures": []}
+        self.shard = {**dict.fromkeys(_COUNTS, 0), "failures": []}
 
     def encoded(self, count: int) -> None:
         self.total["images"] += count

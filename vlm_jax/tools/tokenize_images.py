@@ -129,6 +129,9 @@ def _tokenize(args: argparse.Namespace) -> list[str]:
             raise ValueError(f"--{name} is missing")
     if args.shards < 0 or args.batch < 1 or args.threads < 1:
         raise ValueError("--shards, --batch and --threads cannot be so small")
+    name = args.name or args.layout
+    if name != os.path.basename(name) or name.startswith("."):
+        raise ValueError(f"--name={name} is not the name of files in --out")
     count, rank = processes(args.num_processes, args.process_id)
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(plans.Options)}
     plan = plans.make(plans.Options(**fields))
@@ -142,6 +145,7 @@ def _tokenize(args: argparse.Namespace) -> list[str]:
     # Host work before this line, so that a mistake shows before weights are read.
     from vlm_jax import image_tokenizer
     from vlm_jax.data import pictures
+    from vlm_jax.systems.lvm import token_files
     from vlm_jax.tools import token_shards
 
     shards = args.shards or -(-plan.count * plan.images // token_shards.IMAGES_PER_SHARD)
@@ -153,11 +157,10 @@ def _tokenize(args: argparse.Namespace) -> list[str]:
         args.tokenizer, side=args.side, codebook_size=args.codebook_size,
         tokens_per_image=args.tokens_per_image, max_batch=args.batch,
     )  # fmt: skip
-    name = args.name or args.layout
     token_shards.check_manifest(folder, {
         **fields, "files": plan.files, "files_sha256": plan.digest, "name": name,
         "format": args.format, "shards": shards, "sentences_in_all": plan.count,
-        "batch": args.batch, "tokenizer_sha256": token_shards.digest(tokenizer),
+        "batch": args.batch, "tokenizer_sha256": token_files.digest(tokenizer),
         "tokenizer_config": dataclasses.asdict(tokenizer.cfg),
     })  # fmt: skip
     job = token_shards.Job(

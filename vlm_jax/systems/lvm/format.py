@@ -68,7 +68,7 @@ class Formatter:
         """ids int32[n] with BOS and EOS, and the loss weight float32[n] of each.
 
         Raises:
-          BadRecordError: a field is missing or is not base64 of whole int32.
+          BadRecordError: a field is missing, or is neither base64 of whole int32 nor integers.
           DataError: an id is not in [0, vocab_size): another tokenizer, not one bad record.
         """
         parts, weights = [], []
@@ -85,6 +85,11 @@ class Formatter:
                 f"the file made with another codebook? (formatter.vocab_size)"
             )
         return ids, np.concatenate(weights)
+
+    @property
+    def num_literals(self) -> int:
+        """Ids of every record that come from `fields`, not from the record."""
+        return sum(isinstance(item, int) for item, _ in self._items)
 
     @functools.cached_property
     def _items(self) -> list[tuple[int | str, float]]:
@@ -111,16 +116,27 @@ make_formatter = Formatter
 
 def _ids(record: Mapping[str, Any], name: str) -> np.ndarray:
     if name not in record:
-        raise records.BadRecordError(f"no field {name!r} among {sorted(record)}")
+        raise records.BadRecordError(f"no field {name!r} among {records.keys_of(record)}")
     value = record[name]
     try:
         if isinstance(value, str):
             value = base64.b64decode(value, validate=True)
         if isinstance(value, bytes):
             return np.frombuffer(value, "<i4").astype(np.int32)
-    except (binascii.Error, ValueError) as error:
+        return _whole(value)
+    except (binascii.Error, ValueError, OverflowError) as error:
         raise records.BadRecordError(f"field {name!r}: {error}") from error
-    return np.asarray(value, np.int32)
+
+
+def _whole(value: Any) -> np.ndarray:
+    """int32[n] of integers and nothing else: numpy would cut 1.7 to 1 and take true for 1."""
+    if isinstance(value, list | tuple) and set(map(type, value)) <= {int}:
+        value = np.array(value, np.int64)
+    if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype.kind not in "iu":
+        raise ValueError(f"{value!r:.60} is not a list of integers")
+    if len(value) and not -(2**31) <= value.min() <= value.max() < 2**31:
+        raise ValueError(f"ids {value.min()}..{value.max()} are not of 32 bits")
+    return value.astype(np.int32)
 
 
 def to_base64(ids: np.ndarray) -> str:

@@ -24,7 +24,7 @@ from vlm_jax.decoding import generate, sampling
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
 from vlm_jax.ops import losses
-from vlm_jax.systems.lvm import prompts
+from vlm_jax.systems.lvm import prompts, token_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +107,18 @@ class LvmTask:
             logits_btv = module.logits(hidden_btd)
             loss, metrics = losses.cross_entropy(logits_btv, targets, weights, mean=self.loss_mean)
         return loss, {"accuracy": metrics["accuracy"], "scored_tokens": metrics["tokens"]}
+
+    def check_data(self, data: Any, formatter: Any, name: str) -> None:
+        """Raises ConfigError when token files do not fit this recipe; see `token_files.check`."""
+        fields = self.tokenizer, self.image_side, self.codebook_size, self.tokens_per_image
+        sha256 = functools.partial(_sha256, *fields) if self.tokenizer else None
+        expected = token_files.Expected(self.tokens_per_image, self.codebook_size, sha256)
+        try:
+            if self.tokenizer:
+                self._image_tokenizer()
+        except (OSError, ValueError) as error:
+            raise config_lib.ConfigError(f"task.tokenizer={self.tokenizer!r}: {error}") from error
+        token_files.check(data, formatter, expected, name)
 
     def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
         """Raises ConfigError when a batch cannot be learned from by this model."""
@@ -281,3 +293,8 @@ def _tokenizer(name: str, side: int, codebook_size: int, tokens_per_image: int) 
     return image_tokenizer.ImageTokenizer.load(
         name, side=side, codebook_size=codebook_size, tokens_per_image=tokens_per_image
     )
+
+
+@functools.lru_cache(maxsize=2)
+def _sha256(*fields: Any) -> str:
+    return token_files.digest(_tokenizer(*fields))

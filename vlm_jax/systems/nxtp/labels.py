@@ -48,6 +48,7 @@ REMOVED_IN_PAPER = (
 )  # fmt: skip
 NOUN_TAGS = ("NN", "NNS")
 MIN_LETTERS = 3
+MAX_CAPTION = 100_000  # letters; a longer text is not about one picture, and takes long to tag
 DELIMITER = ","
 TAGGERS = ("nltk", "textblob")
 
@@ -99,23 +100,23 @@ def of_record(record: Mapping[str, Any], tagger: str | Tagger = "nltk") -> list[
     """The labels of a record: `labels`, `class_names`, or nouns of `caption`, `captions` or `txt`.
 
     Raises:
-      BadRecordError: a value of another type, or a label with the delimiter in it.
-      DataError: none of these keys.
+      BadRecordError: none of these keys, a value of another type, a label with the delimiter in
+        it, text that no file can hold, or captions of more than `MAX_CAPTION` letters.
     """
     if "labels" in record:
         return _ready(record["labels"])
     if "class_names" in record:
-        return from_class_names(record["class_names"])
+        return _encodable(from_class_names(_text(record, "class_names")))
     key = next((key for key in ("caption", "captions", "txt") if key in record), None)
     if key is None:
-        raise records.DataError(
-            f"a record with the keys {', '.join(sorted(record))} has no text; one of labels, "
-            "class_names, caption, captions, txt is needed"
+        raise records.BadRecordError(
+            f"a record with the keys {', '.join(records.keys_of(record))} has no text; one of "
+            "labels, class_names, caption, captions, txt is needed"
         )
-    caption = record[key]
-    if not isinstance(caption, str) and not _are_strings(caption):
-        raise records.BadRecordError(f"{key} is a {type(caption).__name__}, not text")
-    return extract(caption, tagger)
+    captions = record[key] if _are_strings(record[key]) else [_text(record, key)]
+    if (length := sum(map(len, captions))) > MAX_CAPTION:
+        raise records.BadRecordError(f"{key} of {length} letters; at most {MAX_CAPTION} are read")
+    return extract(captions, tagger)
 
 
 def from_class_names(names: str) -> list[str]:
@@ -238,8 +239,24 @@ def _ready(labels: Any) -> list[str]:
     for label in labels:
         if DELIMITER in label:
             raise records.BadRecordError(
-                f"the label {label!r} holds the delimiter {DELIMITER!r}; split it into several"
+                f"the label {label!r:.80} holds the delimiter {DELIMITER!r}; split it into several"
             )
+    return _encodable(labels)
+
+
+def _text(record: Mapping[str, Any], key: str) -> str:
+    if not isinstance(record[key], str):
+        raise records.BadRecordError(f"{key} is a {type(record[key]).__name__}, not text")
+    return record[key]
+
+
+def _encodable(labels: list[str]) -> list[str]:
+    """JSON can name halves of letters ("\\ud800") that no other text holds."""
+    for label in labels:
+        try:
+            label.encode()
+        except UnicodeEncodeError as error:
+            raise records.BadRecordError(f"the label {label!r:.80} is not Unicode text") from error
     return labels
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -159,6 +160,11 @@ class NxtpTask:
         if not np.any(batch["weights"]):
             raise config_lib.ConfigError("no token of the first batch carries loss; check the data")
         segments, tokens = batch["segments"], batch["tokens"]
+        if segments.max() < 2 and jax.process_index() == 0:
+            print(
+                "[nxtp] warning: no row of the first batch has a label; are the captions empty?",
+                file=sys.stderr,
+            )
         # Where one label follows another, the first ended in a delimiter.
         ends = (segments[:, :-1] > 1) & (segments[:, 1:] == segments[:, :-1] + 1)
         wrong = set(np.unique(tokens[:, :-1][ends]).tolist()) - {self.delimiter_id}
