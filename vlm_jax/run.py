@@ -52,6 +52,7 @@ class Recipe:
       data, optim, mesh, init, train: see the dataclass of each.
       evals: see `evaluate.EvalConfig`.
       prepare: what goes to the system's `prepare(workdir, **prepare)`; empty is off.
+      path: the user's own data, in recipes that ask for it; their other sections refer to it.
     """
 
     system: str
@@ -65,6 +66,11 @@ class Recipe:
     init: checkpoints.InitConfig = checkpoints.InitConfig()
     evals: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prepare: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    path: str | None = None
+
+    def __post_init__(self):
+        if self.path == "":
+            raise ValueError("path is empty: this recipe reads your own data, --config.path=FOLDER")
 
 
 def read_recipe(config: Any, workdir: pathlib.Path) -> Recipe:
