@@ -1,5 +1,6 @@
 """Every recipe: its full form by shapes and shardings, its tiny form by running it."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,12 +15,14 @@ import pytest
 from absl import flags
 from PIL import Image
 
+from vlm_jax import config as config_lib
 from vlm_jax import main as main_lib
 from vlm_jax import run, sharding
 from vlm_jax import task as task_lib
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py"))
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.endswith("_own"))
+OWN = sorted(path.stem for path in CONFIGS.glob("*_own.py"))
 PARAMETERS = {  # counted from the upstream configurations
     "lvm_300m": 290_968_576,
     "lvm_600m": 648_396_288,
@@ -42,18 +45,20 @@ def read(name, tmp_path, *overrides):
 
 
 FORMS = [(name, form) for name in RECIPES for form in ("", ":tiny")]
+FORMS += [(name, form) for name in OWN for form in ("", ":released")]
 FORMS += [("vqgan_f16", ":decoder"), ("vqgan_f16", ":tiny_decoder")]
 FORMS += [("lvm_3b", ":small"), ("lvm_3b", ":reference")]
 
 
 @pytest.mark.parametrize("name, form", FORMS)
 def test_sections_shapes_and_shardings(name, form, tmp_path):
-    recipe = read(f"{name}.py{form}", tmp_path)
+    own = ["--config.path=/somewhere"] if name in OWN else []
+    recipe = read(f"{name}.py{form}", tmp_path, *own)
     system = task_lib.resolve(recipe.system, "systems")
     task = system.make_task(dict(recipe.model), **recipe.task)
     system.make_formatter(**recipe.formatter)
     abstract = jax.eval_shape(task.init, jax.random.key(0))
-    if not form:
+    if not form and name not in OWN:
         total = sum(x.size for x in jax.tree.leaves(abstract))
         # A system may train more than the released network, for example a discriminator.
         assert total >= PARAMETERS[name]
@@ -62,6 +67,17 @@ def test_sections_shapes_and_shardings(name, form, tmp_path):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
     placed = sharding.of_params(mesh, task.sharding_rules, abstract)
     assert jax.tree.structure(placed) == jax.tree.structure(abstract)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_one_path_reaches_every_section(name, tmp_path):
+    recipe = read(f"{name}.py", tmp_path, "--config.path=/somewhere")
+    sections = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    text = repr(sections)
+    # The field itself, training data, held-out data.
+    assert text.count("'/somewhere'") >= 3 and "'path': ''" not in text
+    with pytest.raises(config_lib.ConfigError, match="path is empty.*--config.path=FOLDER"):
+        read(f"{name}.py", tmp_path)
 
 
 def test_a_recipe_refuses_another_argument(tmp_path):
