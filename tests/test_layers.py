@@ -28,6 +28,7 @@ ALLOWED = {
 PROGRAM_NEVER = {"models", "systems", "datasets", "decoding"}
 PROGRAM = {
     "main",
+    "recipes",
     "run",
     "train",
     "evaluate",

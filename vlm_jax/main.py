@@ -7,16 +7,17 @@
 The same command run again continues from the newest good checkpoint. On several hosts, run it on
 every host: TPU pods, SLURM and MPI are found by themselves, elsewhere give --coordinator,
 --num_processes and --process_id. Recipes are looked up in the current folder first, then among
-those installed with the package.
+those shipped with the package, which recipes anywhere import by `from configs import lvm_3b`.
 """
 
 import os
 import pathlib
 import sys
-import types
 
 from absl import flags
 from ml_collections import config_flags
+
+from vlm_jax import recipes
 
 
 def main(argv=None):
@@ -90,16 +91,12 @@ def _locate_recipe(argv):
         else:
             continue
         path, _, arg = name.partition(":")
-        installed = pathlib.Path(__file__).parent / "configs" / pathlib.Path(path).name
-        if not os.path.exists(path) and installed.exists():
-            path = str(installed)
-        if not os.path.exists(path):
-            names = ", ".join(sorted(other.name for other in installed.parent.glob("*.py")))
-            _fail(f"no recipe {path}" + (f"; installed: {names}" if names else ""))
-        argv[at] = ("" if at > index else "--config=") + path + (f":{arg}" if arg else "")
-        configs = types.ModuleType("configs")
-        configs.__path__ = [os.path.dirname(os.path.abspath(path))]
-        sys.modules["configs"] = configs
+        try:
+            recipe = recipes.find(path)
+        except FileNotFoundError as error:
+            _fail(str(error))
+        argv[at] = ("" if at > index else "--config=") + str(recipe) + (f":{arg}" if arg else "")
+        recipes.make_importable(recipe)
     return argv
 
 
