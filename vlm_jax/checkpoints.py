@@ -232,6 +232,10 @@ class Checkpointer:
         """
         return _read_arrays(self._step_folder(step), wanted)
 
+    def newest_used(self) -> int:
+        """The newest step that this object saved or read; 0 if there is none."""
+        return max(self._good, default=0)
+
     # ---- on process 0 -----------------------------------------------------------------------
 
     def _prepare(self, step: int, num_bytes: int) -> str:
@@ -334,6 +338,11 @@ class Step:
             raise CheckpointError(f"{self.folder} does not say how its run was configured")
         return self.meta["config"]
 
+    @property
+    def has_average(self) -> bool:
+        """Whether the run kept a moving average of its parameters."""
+        return any(name.startswith("ema/") for name in self.leaves)
+
 
 def find(path) -> Step:
     """The newest good step of a workdir (or of its checkpoints folder), or the step `path`.
@@ -396,11 +405,6 @@ def load_params(path, abstract: Any = None, item: str = "params", *, averaged: b
     if abstract is None:
         return _nest(found, prefix)
     return jax.tree.unflatten(jax.tree.structure(abstract), list(found.values()))
-
-
-def has_average(step: Step) -> bool:
-    """Whether the run kept a moving average of its parameters."""
-    return any(name.startswith("ema/") for name in step.leaves)
 
 
 def _step(folder: epath.Path) -> Step:

@@ -103,6 +103,17 @@ def plain(values: Any) -> Any:
     return values
 
 
+def place(values: Any, workdir: str) -> Any:
+    """Nested values with '{workdir}' in strings replaced by the work directory."""
+    if isinstance(values, str):
+        return values.replace("{workdir}", workdir)
+    if isinstance(values, Mapping):
+        return {key: place(value, workdir) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return type(values)(place(value, workdir) for value in values)
+    return values
+
+
 def _fits(value: Any, hint: Any) -> bool:
     if hint is Any or isinstance(hint, str):
         return True

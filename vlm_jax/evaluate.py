@@ -28,16 +28,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from vlm_jax import commit_marker, sharding
 from vlm_jax import config as config_lib
-from vlm_jax import sharding
 from vlm_jax import task as task_lib
 from vlm_jax.data import pipeline
 from vlm_jax.ops import partition
@@ -208,6 +210,24 @@ class Runner:
             out_dir=folder,
         )
         return {f"eval/{evaluation.name}/{key}": float(x) for key, x in results.items()}
+
+    def attempt(
+        self, evaluation: Evaluation, params: Any, out_dir: pathlib.Path
+    ) -> tuple[dict[str, float], str]:
+        """(scores, "") as by a call, or ({"eval/<name>/failed": 1.0}, why) when it raises.
+
+        With several processes the error is raised: the others are in the middle of predicting.
+        """
+        try:
+            return self(evaluation, params, out_dir), ""
+        except Exception as error:
+            if jax.process_count() > 1:
+                error.add_note(f"during the evaluation {evaluation.name!r}")
+                raise
+            if os.environ.get("VLM_JAX_TRACE"):
+                traceback.print_exc()
+            why = f"the evaluation {evaluation.name!r} failed: {commit_marker.one_line(error)}"
+            return {f"eval/{evaluation.name}/failed": 1.0}, why
 
     def _predictor(self, name: str) -> Callable[..., Any]:
         if name not in self._compiled:

@@ -1,5 +1,8 @@
 """Guards: limits on the metrics of training that stop a run with a reason.
 
+Every run is guarded against a loss, a gradient or parameters that are not finite (`not_finite`).
+Others are set by the recipe:
+
     c.train.guards = dict(
         codes=dict(metric="batch_code_perplexity", min=50.0, after=2_000, patience=500,
                    reason="the codebook collapses; raise task.entropy_weight"),
@@ -15,8 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import jax
+import numpy as np
 
 from vlm_jax import config as config_lib
 
@@ -84,6 +91,25 @@ def make(configs: Mapping[str, Mapping[str, Any]]) -> list[Guard]:
         Guard(name, config_lib.section(GuardConfig, values, f"train.guards.{name}"))
         for name, values in (configs or {}).items()
     ]
+
+
+def not_finite(values: Mapping[str, float]) -> str:
+    """The first of the metrics that a sound update has finite and this one has not; "" if none.
+
+    Norms stand for all gradients and all learned parameters. They overflow long before the values
+    do: parameters of 1e30 are finite, and nothing that can be trained any more.
+    """
+    watched = ("loss", "optim/grad_norm", "optim/param_norm")
+    return next((name for name in watched if not math.isfinite(values.get(name, 0.0))), "")
+
+
+def keep_batch(workdir: pathlib.Path, step: int, batch: Any, rows: np.ndarray) -> str:
+    """Saves a process's part of a batch that an update could not use, and names its records."""
+    path = workdir / f"nonfinite_batch_{step}_process{jax.process_index()}.npz"
+    np.savez(path, rows=rows, **batch.arrays)
+    records = [record for row in batch.record_ids for record in row]
+    shown = ", ".join(records[:8]) + (f", ... ({len(records)} in all)" if records[8:] else "")
+    return f"Records of the batch: {shown}. The batch is saved in {path}"
 
 
 def check_metrics(guards: Iterable[Guard], metrics: Iterable[str]) -> None:

@@ -6,16 +6,23 @@ import json
 import pathlib
 from typing import Any
 
+from etils import epath
+
+from vlm_jax import commit_marker, step_folders
+from vlm_jax import config as config_lib
 from vlm_jax import task as task_lib
 
 
-def load(system: str, checkpoint: str, **fields: Any) -> Any:
+def load(system: str, checkpoint: str, *, averaged: bool = True, **fields: Any) -> Any:
     """Loads a system for inference; no config, mesh or flags needed.
 
     Args:
       system: "lvm", "vqgan", ...
       checkpoint: a work directory of ours (its newest good checkpoint is taken) or one of its
-        step folders, or released weights in any format that the system reads.
+        step folders, or released weights in any format that the system reads. A step is made as
+        its own meta.json says it was trained.
+      averaged: of a run that kept a moving average of its parameters, take that; False takes the
+        raw ones.
       **fields: of the system's `from_run` or `from_upstream`, for example `tokenizer=`.
 
     Returns:
@@ -27,27 +34,48 @@ def load(system: str, checkpoint: str, **fields: Any) -> Any:
       CheckpointError, ConversionError: the weights are damaged or do not fit.
     """
     module = task_lib.resolve(system, "systems")
-    config = _config_of_run(pathlib.Path(checkpoint).expanduser())
-    if config is None:
+    path = pathlib.Path(checkpoint).expanduser()
+    if not _is_of_a_run(path):
         return module.from_upstream(checkpoint, **fields)
 
     from vlm_jax import checkpoints
 
-    if config["system"] != system:
-        raise ValueError(
-            f"{checkpoint} is a run of the system {config['system']!r}, not of {system!r}"
-        )
+    try:
+        step = checkpoints.find(path)
+    except checkpoints.CheckpointError:
+        _require_system(
+            _system_of_workdir(epath.Path(path)), system, checkpoint
+        )  # the graver mistake
+        raise
+    config = config_lib.place(step.config, str(step.folder.parent.parent))
+    _require_system(config["system"], system, checkpoint)
     task = module.make_task(config["model"], **config.get("task", {}))
     formatter = module.make_formatter(**config.get("formatter", {}))
-    params = checkpoints.load_params(checkpoint)
+    params = checkpoints.load_params(step, averaged=averaged)
     return module.from_run(task, formatter, params, **fields)
 
 
-def _config_of_run(path: pathlib.Path) -> dict[str, Any] | None:
-    """The resolved config of the run that `path` belongs to; None for other checkpoints."""
-    # A work directory, its checkpoints folder, or one step in it.
-    for folder in (path, *path.absolute().parents[:2]):
-        file = folder / "config.json"
-        if file.exists() and (folder / "checkpoints").is_dir():
-            return json.loads(file.read_text())["config"]
-    return None
+def _is_of_a_run(path: pathlib.Path) -> bool:
+    """Whether this is a work directory, its checkpoints folder, or one step."""
+    path = epath.Path(path).absolute()
+    if not path.is_dir():
+        return False
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    return bool(
+        commit_marker.is_committed(path)
+        or (step_folders.is_step(path) and path.parent.name == "checkpoints")
+        or (folder.is_dir() and (step_folders.steps(folder) or _system_of_workdir(folder.parent)))
+    )
+
+
+def _require_system(found: str, wanted: str, checkpoint: str) -> None:
+    if found and found != wanted:
+        raise ValueError(f"{checkpoint} is a run of the system {found!r}, not of {wanted!r}")
+
+
+def _system_of_workdir(path: epath.Path) -> str:
+    """What the workdir's config.json calls itself, for a message; "" when that cannot be read."""
+    try:
+        return str(json.loads((path / "config.json").read_text())["config"]["system"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ""

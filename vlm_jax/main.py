@@ -48,11 +48,13 @@ def main(argv=None):
             coordinator=values.coordinator,
             num_processes=values.num_processes,
             process_id=values.process_id,
+            given=config_flags.get_override_values(values["config"]),
         )
     except program.USER_ERRORS as error:
         if os.environ.get("VLM_JAX_TRACE"):
             raise
-        _fail(f"{error}\n(set VLM_JAX_TRACE=1 for the trace)")
+        status = getattr(error, "exit_status", 2)
+        _fail(f"{error}\n(set VLM_JAX_TRACE=1 for the trace)", status)
 
 
 def _define_flags(argv):
@@ -100,9 +102,9 @@ def _locate_recipe(argv):
     return argv
 
 
-def _fail(message):
+def _fail(message, status=2):
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

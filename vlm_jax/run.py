@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
-import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -19,10 +17,12 @@ from vlm_jax import (
     checkpoints,
     distributed,
     evaluate,
+    evaluate_alone,
     optim,
     provenance,
+    resume,
+    scores,
     sharding,
-    starting_point,
     train,
 )
 from vlm_jax import config as config_lib
@@ -39,6 +39,7 @@ USER_ERRORS = (
     records.DataError,
     records.MissingExtraError,
     train.TrainingStopped,
+    scores.EvaluationError,
 )
 
 
@@ -79,7 +80,7 @@ def read_recipe(config: Any, workdir: pathlib.Path) -> Recipe:
     Raises:
       ConfigError: every unknown key, wrong type and missing key, by name.
     """
-    values = _substitute(config_lib.plain(config), str(workdir))
+    values = config_lib.place(config_lib.plain(config), str(workdir))
     sections = {
         "train": train.TrainConfig,
         "data": pipeline.DataConfig,
@@ -106,14 +107,22 @@ def run(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    given: Collection[str] | None = None,
 ) -> dict[str, float]:
-    """Does what `python -m vlm_jax.main` says; returns the last metrics."""
+    """Does what `python -m vlm_jax.main` says; returns the last metrics.
+
+    Args:
+      config: the recipe, a ConfigDict.
+      workdir: folder of the run.
+      mode: "train" or "evaluate".
+      coordinator, num_processes, process_id: see `distributed.initialize`.
+      given: keys of the recipe given on the command line ("init.run"); None counts all as given.
+    """
     workdir = workdir.expanduser().absolute()
     recipe = read_recipe(config, workdir)
     system = task_lib.resolve(recipe.system, "systems")
     try:
-        task = system.make_task(dict(recipe.model), **recipe.task)
-        formatter = config_lib.call(system.make_formatter, recipe.formatter, "formatter")
+        task, formatter = _make(system, recipe)
         distributed.initialize(coordinator, num_processes, process_id)
         mesh = sharding.make_mesh(recipe.mesh)
         evaluate.make(recipe.evals)
@@ -124,53 +133,43 @@ def run(
     except ValueError as error:
         raise config_lib.ConfigError(str(error)) from error
     _check_batches(recipe, mesh)
+    subject = evaluate_alone.find(recipe, workdir, given) if mode == "evaluate" else None
+    _prepare(system, recipe, workdir)
 
-    first = jax.process_index() == 0
-    meta = {"config": config_lib.plain(config), **provenance.collect()}
-    if first:
+    named = {"model": recipe.model, "task": recipe.task, "formatter": recipe.formatter}
+    common = dict(
+        mesh=mesh,
+        load_upstream=getattr(system, "load_upstream", None),
+        meta={
+            "config": config_lib.plain(config),
+            "files": resume.files_of(named),
+            **provenance.collect(),
+        },
+        make=lambda other: _make(system, read_recipe(other, workdir)),
+    )
+    if subject:
+        return evaluate_alone.run(subject, recipe, task, formatter, workdir, **common)
+    getattr(task, "check_data", lambda *_: None)(recipe.data, formatter, "data")
+    step_fn = getattr(system, "make_train_step", train.make_train_step)
+    return train.fit(recipe, task, formatter, workdir, step_fn=step_fn, **common)
+
+
+def _make(system: Any, recipe: Recipe) -> tuple[Any, Any]:
+    """Task and formatter of a recipe."""
+    task = system.make_task(dict(recipe.model), **recipe.task)
+    return task, config_lib.call(system.make_formatter, recipe.formatter, "formatter")
+
+
+def _prepare(system: Any, recipe: Recipe, workdir: pathlib.Path) -> None:
+    """Input that a recipe makes itself; process 0 writes it, the others wait."""
+    if recipe.prepare and jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps(meta, indent=1, default=str))
-        if recipe.prepare:
-            prepare = functools.partial(system.prepare, workdir)
-            config_lib.call(prepare, recipe.prepare, "prepare")
+        prepare = functools.partial(system.prepare, workdir)
+        config_lib.call(prepare, recipe.prepare, "prepare")
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("prepared")
-
-    if mode == "train":
-        getattr(task, "check_data", lambda *_: None)(recipe.data, formatter, "data")
-        return train.fit(
-            recipe,
-            task,
-            formatter,
-            workdir,
-            mesh=mesh,
-            load_upstream=getattr(system, "load_upstream", None),
-            meta=meta,
-            step_fn=getattr(system, "make_train_step", train.make_train_step),
-        )
-    return _evaluate(recipe, task, formatter, system, workdir, mesh)
-
-
-def _evaluate(recipe, task, formatter, system, workdir, mesh) -> dict[str, float]:
-    """Scores the newest good checkpoint of the work directory, or what `init` names."""
-    params, step = starting_point.restore_params(
-        recipe, task, workdir, mesh, getattr(system, "load_upstream", None)
-    )
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    runner = evaluate.Runner(task, formatter, mesh, shardings, recipe.train.seed)
-    results: dict[str, float] = {}
-    evaluations = evaluate.make(recipe.evals)
-    evaluate.check_all(evaluations, task, formatter, params, recipe.train.seed)
-    for evaluation in evaluations:
-        results |= runner(evaluation, params, workdir / "eval" / f"{step:08d}")
-    if jax.process_index() == 0:
-        with open(workdir / "evaluation.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **results}) + "\n")
-        for key, value in results.items():
-            print(f"{key} = {value:.6g}", file=sys.stdout)
-    return results
 
 
 def _check_batches(recipe: Recipe, mesh: Any) -> None:
@@ -189,13 +188,3 @@ def _check_batches(recipe: Recipe, mesh: Any) -> None:
             "mesh.data*mesh.fsdp",
             shares,
         )
-
-
-def _substitute(values: Any, workdir: str) -> Any:
-    if isinstance(values, str):
-        return values.replace("{workdir}", workdir)
-    if isinstance(values, Mapping):
-        return {key: _substitute(value, workdir) for key, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return type(values)(_substitute(value, workdir) for value in values)
-    return values

@@ -1,9 +1,9 @@
 """The one training loop. It knows a paper only as a Task; see `vlm_jax/task.py`.
 
-In order: mesh, shardings, state (resumed, or random with weights laid over it), compiled step,
-then per step: batch -> device, update, look at the *previous* step's metrics (so that the device
-never waits for the host), log, evaluate, save. A paper that needs another kind of update passes
-its own `step_fn`; everything else stays.
+`fit` is the order of things: where to start, data, state (resumed, or random with weights laid over
+it), compiled update, outputs, then per step: batch -> device, update, look at the *previous* step's
+metrics (so that the device never waits for the host), log, save, evaluate. A paper that needs
+another kind of update passes its own `step_fn`; everything else stays.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import math
 import pathlib
 import sys
@@ -21,15 +22,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 
 from vlm_jax import (
     checkpoints,
+    commit_marker,
     curves,
     guards,
     hardware,
     metric_writer,
     optim,
     progress,
+    resume,
+    scores,
     sharding,
     starting_point,
     stop_signal,
@@ -52,6 +57,10 @@ class TrainConfig:
       seed: of parameters, data order and dropout; one per run.
       log_every, save_every: in updates; save_every=0 saves only at the end.
       keep_last: checkpoints kept besides the milestones (every `milestone_every` updates).
+      failed_evaluation: what becomes of a run when an evaluation raises: "continue" goes on and
+        ends with exit status 1, "stop" saves and ends at once with status 1, "ignore" goes on and
+        ends as if nothing had been. Noted in metrics.jsonl; the next start makes up for those of
+        the step that it resumes from.
       tensorboard: write event files (when tensorboardX is installed).
       wandb: project name for Weights & Biases; "" is off.
       guards: limits on metrics that stop the run, by name; see `guards.py`.
@@ -65,6 +74,7 @@ class TrainConfig:
     save_every: int = 1000
     keep_last: int = 3
     milestone_every: int = 0
+    failed_evaluation: str = "continue"
     tensorboard: bool = True
     wandb: str = ""
     guards: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -74,10 +84,19 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.failed_evaluation not in scores.ON_FAILURE:
+            raise ValueError(
+                f"failed_evaluation={self.failed_evaluation!r} is none of "
+                f"{', '.join(scores.ON_FAILURE)}"
+            )
+
+
+# Rows by which two formatters are compared when a recipe has changed.
+_ROWS_COMPARED = 64
 
 
 class TrainingStopped(RuntimeError):
-    """The loss is not finite, or a guard tripped. The message has the step, the cause, a remedy."""
+    """A loss, gradient or parameter is not finite, or a guard tripped; with step and remedy."""
 
 
 def make_train_step(task: Any, optimizer: optax.GradientTransformation, recipe: Any) -> Callable:
@@ -123,15 +142,17 @@ def make_train_step(task: Any, optimizer: optax.GradientTransformation, recipe: 
 def init_state(task: Any, optimizer: Any, recipe: Any, rng: jax.Array) -> dict[str, Any]:
     """Random parameters and a fresh optimizer. Pure, so that it can be traced or jitted."""
     params = task.init(rng)
+    step = jnp.zeros((), jnp.int32)
+    return {"step": step, "params": params, **fresh_optimizer(params, optimizer, recipe)}
+
+
+def fresh_optimizer(params: Any, optimizer: Any, recipe: Any) -> dict[str, Any]:
+    """What a state has besides its parameters: "opt_state" and, with averaging, "ema"."""
     learned, _ = optim.split(params, recipe.optim.trainable)
-    state = {
-        "step": jnp.zeros((), jnp.int32),
-        "params": params,
-        "opt_state": optimizer.init(learned),
-    }
+    fresh = {"opt_state": optimizer.init(learned)}
     if recipe.optim.ema:
-        state["ema"] = jax.tree.map(jnp.copy, learned)
-    return state
+        fresh["ema"] = jax.tree.map(jnp.copy, learned)
+    return fresh
 
 
 def state_shardings(mesh: Any, task: Any, abstract: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,6 +173,7 @@ def fit(
     load_upstream: Callable[[str, Any], Any] | None = None,
     meta: Mapping[str, Any] | None = None,
     step_fn: Callable = make_train_step,
+    make: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None,
 ) -> dict[str, float]:
     """Trains to `recipe.train.steps`, resuming by itself; returns the last metrics.
 
@@ -163,168 +185,306 @@ def fit(
       load_upstream: the system's reader of released weights, for `init.upstream`.
       meta: saved with every checkpoint (resolved config, versions, git revision).
       step_fn: builds the update; see `make_train_step`.
+      make: config -> (task, formatter), to compare with what a checkpoint was trained with.
 
     Raises:
-      TrainingStopped: the loss is NaN or infinite, or a guard tripped.
+      TrainingStopped: a loss, gradient or parameter is NaN or infinite, or a guard tripped.
+      EvaluationError: evaluations raised; see `TrainConfig.failed_evaluation`.
       ConfigError, CheckpointError, DataError: see their modules.
     """
-    config = recipe.train
-    watch = guards.make(config.guards)
-    evaluations = evaluate_lib.make(recipe.evals)
-    optimizer = optim.make_optimizer(recipe.optim, config.steps)
-    rng = jax.random.key(config.seed)
-
-    def make_state():
-        return init_state(task, optimizer, recipe, jax.random.fold_in(rng, 0))
-
-    abstract = jax.eval_shape(make_state)
-    shardings = state_shardings(mesh, task, abstract)
-    rows = sharding.rows_of_process(mesh, config.batch_size)
-    everywhere, by_rows = sharding.replicated(mesh), sharding.of_batch(mesh)
-    last: dict[str, float] = {}
-
     with contextlib.ExitStack() as closing:  # last opened, first closed
-        saver = closing.enter_context(
+        run = _Run(recipe, task, formatter, workdir, mesh, dict(meta or {}), closing)
+        run.find_start(make)
+        run.open_data()
+        if run.is_over():
+            return {}
+        run.make_state(load_upstream)
+        run.compile(step_fn)
+        run.open_outputs()
+        run.make_up_for_evaluations()
+        run.train()
+        run.scorer.report()
+    return run.last
+
+
+class _Run:
+    """One run between its start and its end. Its methods are called in the order of `fit`."""
+
+    def __init__(self, recipe, task, formatter, workdir, mesh, meta, closing):
+        self.recipe, self.task, self.formatter = recipe, task, formatter
+        self.workdir, self.mesh, self.meta, self.closing = workdir, mesh, meta, closing
+        self.config = recipe.train
+        self.last: dict[str, float] = {}
+        self.watch = guards.make(self.config.guards)
+        self.evaluations = evaluate_lib.make(recipe.evals)
+        self.optimizer = optim.make_optimizer(recipe.optim, self.config.steps)
+        self.rng = jax.random.key(self.config.seed)
+        self.abstract = jax.eval_shape(self._random_state)
+        self.shardings = state_shardings(mesh, task, self.abstract)
+        self.rows = sharding.rows_of_process(mesh, self.config.batch_size)
+        self.saver = closing.enter_context(
             checkpoints.Checkpointer(
-                workdir, keep_last=config.keep_last, milestone_every=config.milestone_every
+                workdir,
+                keep_last=self.config.keep_last,
+                milestone_every=self.config.milestone_every,
+                create=False,
             )
         )
-        start = saver.latest_good() or 0
 
-        # Data are looked at before anything is compiled or allocated.
-        batches = closing.enter_context(
-            pipeline.make_batches(
-                recipe.data,
-                formatter,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                start_step=start,
-                rows=rows,
+    # ---- before the first update ------------------------------------------------------------
+
+    def find_start(self, make) -> None:
+        """The step and row to go on from, and what has changed since they were saved."""
+        self.start = self.step = self.saver.latest_good() or 0
+        self.start_row = 0
+        if not self.start:
+            return
+        _say(f"resuming from step {self.start} of {self.config.steps} in {self.workdir}")
+        saved = self.saver.describe(self.start)["meta"]
+        self.start_row = resume.rows_seen(saved, self.start, self.config.batch_size)
+        resume.require_same_parameters(self.saver, self.start, self.abstract)
+        if not ("config" in saved and "config" in self.meta and make):
+            return
+        changed = resume.changes(saved["config"], self.meta["config"])
+        other = resume.changed_meaning(saved, self.meta, make, self._some_rows)
+        if not self.recipe.init.insist:
+            resume.refuse(
+                other,
+                f"step {self.start} in {self.workdir}",
+                "Go back to the values there, or start a new run from its parameters, in another "
+                f"workdir with --config.init.run={self.workdir}.",
             )
-        )
-        first = next(batches)
-        getattr(task, "check_batch", lambda arrays: None)(first.arrays)
-        evaluate_lib.check_all(evaluations, task, formatter, abstract["params"], config.seed)
+        for line in resume.show(changed | other):
+            _say(f"changed since step {self.start}: {line}")
+        if "train.batch_size" in changed:
+            _say(f"data go on at row {self.start_row}: no record is skipped or read twice")
 
-        owes_evaluation = False
-        if start:
-            _say(f"resuming from step {start} of {config.steps} in {workdir}")
+    def _some_rows(self, formatter) -> list[Mapping[str, np.ndarray]]:
+        with self._batches(formatter) as batches:
+            number = -(-_ROWS_COMPARED // self.config.batch_size)
+            return [batch.arrays for batch in itertools.islice(batches, number)]
+
+    def open_data(self) -> None:
+        """Data are looked at before anything is compiled or allocated."""
+        self.batches = self.closing.enter_context(self._batches(self.formatter))
+        self.first = next(self.batches)
+        getattr(self.task, "check_batch", lambda arrays: None)(self.first.arrays)
+        evaluate_lib.check_all(
+            self.evaluations,
+            self.task,
+            self.formatter,
+            self.abstract["params"],
+            self.config.seed,
+        )
+
+    def _batches(self, formatter) -> pipeline.Batches:
+        return pipeline.make_batches(
+            self.recipe.data,
+            formatter,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            start_step=self.start,
+            start_row=self.start_row,
+            rows=self.rows,
+        )
+
+    def is_over(self) -> bool:
+        """Whether neither training nor evaluations are left; says so."""
+        self.owed = scores.missing(self._due(), self.workdir, self.start) if self.start else []
+        if self.start < self.config.steps:
+            return False
+        _say(f"step {self.start} of {self.config.steps} was already reached; nothing to train")
+        return not self.owed
+
+    def make_state(self, load_upstream) -> None:
+        """The state of the checkpoint, or a random one with weights laid over it."""
+        if self.start:
             target = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                self.abstract,
+                self.shardings,
             )
-            state, saved = saver.restore(start, target)
-            owes_evaluation = not saved["data"]["evaluated"]
+            self.state, notes = resume.restore(
+                self.saver, self.start, target, self._fresh_optimizer
+            )
+            for note in notes:
+                _say(note)
         else:
-            state = jax.jit(make_state, out_shardings=shardings)()
-            state["params"] = starting_point.lay_weights(
-                recipe.init, task, state["params"], load_upstream
+            self.state = jax.jit(self._random_state, out_shardings=self.shardings)()
+            params = starting_point.lay_weights(
+                self.recipe.init, self.task, self.state["params"], load_upstream
             )
-            if recipe.optim.ema:
-                learned, _ = optim.split(state["params"], recipe.optim.trainable)
-                state["ema"] = jax.tree.map(jnp.copy, learned)
-        _say(_describe(abstract, recipe, mesh))
+            self.state["params"] = params
+            if self.recipe.optim.ema:
+                learned, _ = optim.split(params, self.recipe.optim.trainable)
+                self.state["ema"] = jax.tree.map(jnp.copy, learned)
+        _say(_describe(self.abstract, self.recipe, self.mesh))
 
-        update = jax.jit(
-            step_fn(task, optimizer, recipe),
-            in_shardings=(shardings, by_rows, everywhere),
-            out_shardings=(shardings, everywhere),
+    def _random_state(self):
+        key = jax.random.fold_in(self.rng, 0)
+        return init_state(self.task, self.optimizer, self.recipe, key)
+
+    def _fresh_optimizer(self, params):
+        return fresh_optimizer(params, self.optimizer, self.recipe)
+
+    def compile(self, step_fn) -> None:
+        """The update, and the key that it is given."""
+        everywhere = sharding.replicated(self.mesh)
+        self.update = jax.jit(
+            step_fn(self.task, self.optimizer, self.recipe),
+            in_shardings=(self.shardings, sharding.of_batch(self.mesh), everywhere),
+            out_shardings=(self.shardings, everywhere),
             donate_argnums=0,
         )
         # Jitted, because device_put cannot reach the devices of other processes.
-        step_rng = jax.jit(lambda: jax.random.fold_in(rng, 1), out_shardings=everywhere)()
-        runner = evaluate_lib.Runner(task, formatter, mesh, shardings["params"], config.seed)
+        rng = self.rng
+        self.step_rng = jax.jit(lambda: jax.random.fold_in(rng, 1), out_shardings=everywhere)()
+        if self.watch:
+            placed = self._place(self.first)
+            with partition.use_mesh(self.mesh):
+                metrics = self.update.eval_shape(self.state, placed, self.step_rng)[1]
+            guards.check_metrics(self.watch, metrics)
+
+    def open_outputs(self) -> None:
+        """From here on the workdir is written: every check has passed."""
+        config, closing = self.config, self.closing
         if jax.process_index() == 0:
-            closing.callback(curves.draw, workdir)
-        writer = closing.enter_context(
+            _write_config(self.workdir, self.meta)
+            if self.start and not (self.workdir / metric_writer.FILE).exists():
+                _say(f"there is no {metric_writer.FILE}: it begins after step {self.start}")
+            closing.callback(curves.draw, self.workdir)
+        self.writer = closing.enter_context(
             metric_writer.MetricWriter(
-                workdir, start_step=start, tensorboard=config.tensorboard, wandb=config.wandb
+                self.workdir, self.start, tensorboard=config.tensorboard, wandb=config.wandb
             )
         )
-        bar = closing.enter_context(contextlib.closing(_make_bar(task, first, start, config, mesh)))
-        stop = stop_signal.StopSignal()
-        closing.callback(stop.restore)
+        bar = _make_bar(self.task, self.first, self.start, config, self.mesh)
+        self.bar = closing.enter_context(contextlib.closing(bar))
+        self.scorer = scores.Scorer(
+            evaluate_lib.Runner(
+                self.task, self.formatter, self.mesh, self.shardings["params"], config.seed
+            ),
+            self.writer,
+            self.bar,
+            self.workdir,
+            config.failed_evaluation,
+            self.save,
+        )
+        self.stop = stop_signal.StopSignal()
+        closing.callback(self.stop.restore)
 
-        def evaluate(step):
-            params = _averaged(state, recipe)
-            for evaluation in evaluations:
-                every = evaluation.config.every
-                if step == config.steps or (every and step % every == 0):
-                    bar.pause()
-                    results = runner(evaluation, params, workdir / "eval" / f"{step:08d}")
-                    writer.write(step, results)
-                    last.update(results)
-                    _say("  ".join(f"{key}={value:.5g}" for key, value in results.items()))
-                    bar.resume()
+    # ---- training ---------------------------------------------------------------------------
 
-        def save(step, evaluated):
-            position = {"step": step, "seed": config.seed, "evaluated": evaluated}
-            saver.save(step, state, {**(meta or {}), "data": position})
-
-        def settle(pending):
-            """Looks at the metrics of an update that has been dispatched earlier."""
-            step, metrics, batch = pending
-            values = {key: float(x) for key, x in jax.device_get(metrics).items()}
-            if not math.isfinite(values["loss"]):
-                raise TrainingStopped(_explain_nonfinite(workdir, step, values, batch, rows))
-            for problem in filter(None, [guard.check(step, values) for guard in watch]):
-                raise TrainingStopped(
-                    f"{problem.rstrip('.')}. Checkpoints of earlier steps are in {workdir}; after "
-                    f"changing the recipe the same command continues from the newest"
-                )
-            if step == start + 1:
-                bar.restart(step)  # until here it was compiled
-            if step % config.log_every == 0 or step == config.steps:
-                speed = bar.speed(step)
-                writer.write(step, {**{f"train/{k}": v for k, v in values.items()}, **speed})
-                bar.update(step, values["loss"], speed)
-                last.update(values)
-
-        if owes_evaluation:  # the run was asked to stop at a step that is evaluated
-            evaluate(start)
-        if watch:
-            placed = sharding.place_batch(mesh, first.arrays, rows, config.batch_size)
-            with partition.use_mesh(mesh):
-                guards.check_metrics(watch, update.eval_shape(state, placed, step_rng)[1])
-        if start >= config.steps:
-            _say(f"step {start} of {config.steps} was already reached; nothing is left to train")
-        pending, step = None, start
-        for batch in itertools.chain([first], batches):
-            if step >= config.steps:
+    def train(self) -> None:
+        """All updates that are left, or those until someone asks to stop."""
+        config = self.config
+        pending = None
+        for batch in itertools.chain([self.first], self.batches):
+            if self.step >= config.steps:
                 break
-            placed = sharding.place_batch(mesh, batch.arrays, rows, config.batch_size)
-            with partition.use_mesh(mesh):
-                state, metrics = update(state, placed, step_rng)
-            step += 1
+            placed = self._place(batch)
+            with partition.use_mesh(self.mesh):
+                self.state, metrics = self.update(self.state, placed, self.step_rng)
+            self.step += 1
             if pending:
-                settle(pending)
-            pending = (step, metrics, batch)
-            saves = step == config.steps or (config.save_every and step % config.save_every == 0)
-            evaluates = step == config.steps or any(
-                e.config.every and step % e.config.every == 0 for e in evaluations
-            )
-            interrupted = stop.asked(step)
-            if saves or evaluates or interrupted:
-                settle(pending)  # nothing is saved or scored after a loss that is not finite
+                self._settle(*pending)
+            pending = (self.step, metrics, batch)
+            at_end = self.step == config.steps
+            saves = at_end or (config.save_every and self.step % config.save_every == 0)
+            interrupted = self.stop.asked(self.step)
+            if saves or interrupted or self._due():
+                self._settle(*pending)  # nothing is saved or scored after a bad update
                 pending = None
-            # Evaluated before it is saved: a run killed in between loses no line of metrics.jsonl.
-            # Someone who asks to stop is not kept waiting; the next run makes up for it.
-            if evaluates and not interrupted:
-                evaluate(step)
             if saves or interrupted:
-                save(step, evaluated=not (evaluates and interrupted))
+                self.save()
+            # Someone who asks to stop is not kept waiting; the next run makes up for it.
             if interrupted:
-                _say(f"asked to stop: saved step {step}; the same command continues from there")
+                _say(
+                    f"asked to stop: saved step {self.step}; the same command continues from there"
+                )
                 break
-            saver.check()
-    return last
+            self.evaluate(self._due())
+            self.saver.check()
+
+    def _place(self, batch):
+        return sharding.place_batch(self.mesh, batch.arrays, self.rows, self.config.batch_size)
+
+    def _settle(self, step, metrics, batch) -> None:
+        """Looks at the metrics of an update that has been dispatched earlier."""
+        values = {key: float(x) for key, x in jax.device_get(metrics).items()}
+        if bad := guards.not_finite(values):
+            others = ", ".join(
+                f"{key}={values[key]:.4g}" for key in ("loss", "optim/grad_norm") if key != bad
+            )
+            kept = guards.keep_batch(self.workdir, step, batch, self.rows)
+            raise TrainingStopped(
+                f"{bad}={values[bad]} at step {step} ({others}). {kept}. {self._remedy(step)}"
+            )
+        for problem in filter(None, [guard.check(step, values) for guard in self.watch]):
+            raise TrainingStopped(
+                f"{problem.rstrip('.')}. Checkpoints of earlier steps are in {self.workdir}; after "
+                f"changing the recipe the same command continues from the newest"
+            )
+        if step == self.start + 1:
+            self.bar.restart(step)  # until here it was compiled
+        if step % self.config.log_every == 0 or step == self.config.steps:
+            speed = self.bar.speed(step)
+            named = {f"train/{key}": value for key, value in values.items()}
+            self.writer.write(step, {**named, **speed})
+            self.bar.update(step, values["loss"], speed)
+            self.last.update(values)
+
+    def save(self) -> None:
+        """Saves the state of this step, unless that was done. Metrics reach the disk first."""
+        self.writer.sync()
+        rows = self.start_row + (self.step - self.start) * self.config.batch_size
+        position = {"step": self.step, "seed": self.config.seed, "rows": rows}
+        try:
+            meta = {**self.meta, "data": position}
+            self.saver.save(self.step, self.state, meta, must_be_finite=True)
+        except checkpoints.NotFiniteError as error:
+            raise TrainingStopped(f"{error}. {self._remedy(self.step)}") from error
+
+    def _remedy(self, step) -> str:
+        newest = self.saver.newest_used()
+        advice = "lower optim.lr, set optim.clip_norm, or remove the records, then run the same "
+        if not newest:
+            return f"Nothing is saved yet; {advice}command again"
+        text = f"The newest checkpoint is of step {newest}, before this; {advice}command again"
+        if step == self.start + 1:
+            text += (
+                f". It was the first update after resuming: if it stops here again, remove "
+                f"{self.saver.folder / str(newest)} to continue from an older one"
+            )
+        return text
+
+    def _due(self) -> list[evaluate_lib.Evaluation]:
+        return scores.due(self.evaluations, self.step, self.config.steps)
+
+    def make_up_for_evaluations(self) -> None:
+        """Those of the step resumed from that were interrupted or failed."""
+        self.evaluate(self.owed)
+
+    def evaluate(self, evaluations) -> None:
+        """Scores the parameters of this step."""
+        if evaluations:
+            params = averaged(self.state, self.recipe)
+            self.last.update(self.scorer(self.step, evaluations, params))
 
 
-def _averaged(state: Mapping[str, Any], recipe: Any) -> Any:
+def averaged(state: Mapping[str, Any], recipe: Any) -> Any:
     """The parameters to evaluate: the moving average where there is one."""
     if not recipe.optim.ema:
         return state["params"]
     _, frozen = optim.split(state["params"], recipe.optim.trainable)
     return optim.merge(state["ema"], frozen)
+
+
+def _write_config(workdir: pathlib.Path, meta: Mapping[str, Any]) -> None:
+    """config.json, for people: what counts is the copy in every checkpoint."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(meta, indent=1, default=str)
+    commit_marker.write_durably(epath.Path(workdir) / "config.json", text)
 
 
 def _describe(abstract: Any, recipe: Any, mesh: Any) -> str:
@@ -356,21 +516,6 @@ def _make_bar(task: Any, batch: Any, start: int, config: TrainConfig, mesh: Any)
         units=units,
         flops_per_step=flops,
         peak_flops=peak * mesh.size if peak else None,
-    )
-
-
-def _explain_nonfinite(
-    workdir: pathlib.Path, step: int, values: Mapping[str, float], batch: Any, rows: np.ndarray
-) -> str:
-    path = workdir / f"nonfinite_batch_{step}_process{jax.process_index()}.npz"
-    np.savez(path, rows=rows, **batch.arrays)
-    records = [record for row in batch.record_ids for record in row]
-    shown = ", ".join(records[:8]) + (f", ... ({len(records)} in all)" if records[8:] else "")
-    return (
-        f"loss={values['loss']} at step {step} (grad_norm={values['optim/grad_norm']:.4g}). "
-        f"Records of the batch: {shown}. The batch is saved in {path}. "
-        f"The newest checkpoint is from before this step; lower optim.lr, set optim.clip_norm, "
-        f"or remove the records, then run the same command again"
     )
 
 

@@ -9,8 +9,6 @@ code: tokenize with the exported weights, never with the run and its export side
 from __future__ import annotations
 
 import argparse
-import json
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -23,19 +21,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", required=True, help="of a run of the system vqgan")
     parser.add_argument("--to", required=True, help="folder to write; holds no weights yet")
     parser.add_argument("--dtype", default="float16", choices=("float32", "bfloat16", "float16"))
+    text = "the moving average where the run kept one; --no-averaged takes the raw parameters"
+    action = argparse.BooleanOptionalAction
+    parser.add_argument("--averaged", action=action, default=True, help=text)
     args = parser.parse_args(argv)
-    for name, digest in export(args.workdir, args.to, dtype=args.dtype).items():
+    written = export(args.workdir, args.to, dtype=args.dtype, averaged=args.averaged)
+    for name, digest in written.items():
         print(f"sha256    {digest}  {name}")
     return 0
 
 
-def export(workdir: str, folder: str, *, dtype: str = "float16") -> dict[str, str]:
-    """Writes the parameters of the newest good checkpoint; the moving average where one was kept.
+def export(
+    workdir: str, folder: str, *, dtype: str = "float16", averaged: bool = True
+) -> dict[str, str]:
+    """Writes the parameters of the newest good checkpoint.
 
     Args:
       workdir: of the run.
       folder: must not hold weights yet.
       dtype: of the file.
+      averaged: take the moving average where the run kept one.
 
     Returns:
       File name -> sha256.
@@ -45,21 +50,15 @@ def export(workdir: str, folder: str, *, dtype: str = "float16") -> dict[str, st
       CheckpointError: nothing good is there.
     """
     from vlm_jax import checkpoints
-    from vlm_jax.nn import functional
     from vlm_jax.systems import vqgan
     from vlm_jax.weights import export as export_lib
 
-    recipe = json.loads((pathlib.Path(workdir) / "config.json").read_text())["config"]
+    step = checkpoints.find(workdir)
+    recipe = step.config
     if recipe["system"] != "vqgan":
         raise ValueError(f"{workdir} is a run of the system {recipe['system']!r}, not 'vqgan'")
     cfg = vqgan.make_task(recipe["model"], **recipe.get("task", {})).cfg
-    averaged = recipe.get("optim", {}).get("ema", 0.0)
-    params = checkpoints.load_params(workdir)
-    if averaged:
-        # Only trained leaves have an average.
-        flat = functional.flatten(params)
-        flat |= functional.flatten(checkpoints.load_params(workdir, item="ema"))
-        params = functional.unflatten(flat)
+    params = checkpoints.load_params(step, averaged=averaged)
     return export_lib.write(folder, export_lib.native("vqgan", params, cfg, dtype))
 
 
