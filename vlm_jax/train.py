@@ -446,6 +446,8 @@ class _Run:
             raise TrainingStopped(f"{error}. {self._remedy(self.step)}") from error
 
     def _remedy(self, step) -> str:
+        with contextlib.suppress(checkpoints.CheckpointError):
+            self.saver.wait()  # one that is being written counts
         newest = self.saver.newest_used()
         advice = "lower optim.lr, set optim.clip_norm, or remove the records, then run the same "
         if not newest:
