@@ -1,18 +1,33 @@
-"""Video frames on the host, through PyAV (`pip install "vlm_jax[data]"`)."""
+"""Video frames on the host, through PyAV (`pip install "vlm_jax[data]"`).
+
+Frame n of a file is the n-th that decoding it from its start gives, turned as the file's display
+matrix says. Containers are opened by content, whatever their name: only those of `FORMATS`, and
+nothing that they refer to.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
-import pathlib
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from vlm_jax.data import images, records
+from vlm_jax.data import image_files, images, mp4_boxes, records
 
-MAX_FRAMES = 20_000
+# FFmpeg also reads playlists and descriptions of network streams, and would follow them.
+FORMATS = (
+    "mov", "matroska", "webm", "avi", "mpeg", "mpegvideo", "mpegts", "asf", "flv", "ogg", "gif",
+    "h264", "hevc", "m4v", "ivf", "mxf", "nut", "dv", "yuv4mpegpipe",
+)  # fmt: skip
+MAX_FRAME_PIXELS = 2**25  # 8K
+MAX_OUTPUT = 2**30  # bytes of the frames of one call
+
+Size = int | tuple[int, int] | None
 
 
 def read_frames(
@@ -21,7 +36,7 @@ def read_frames(
     start: int = 0,
     stride: int = 1,
     count: int | None = None,
-    size: int | tuple[int, int] | None = None,
+    size: Size = None,
     crop: bool = False,
     antialias: bool = False,
     name: str = "",
@@ -44,47 +59,36 @@ def read_frames(
     Raises:
       ImageError: missing, not a video, damaged, too large, or without any frame at `start`.
     """
-    av = records.require("av")
-    if isinstance(source, bytes | bytearray):
-        stream, name = io.BytesIO(source), name or f"<{len(source)} bytes>"
-    else:
-        stream, name = str(pathlib.Path(source)), name or str(source)
     fit = images.resize if antialias else resize
-    frames = []
-    try:
-        with av.open(stream) as container:
-            if not container.streams.video:
-                raise images.ImageError(f"{name}: holds no video")
-            _check_size(container, name)
-            for index, frame in enumerate(container.decode(video=0)):
-                if index >= MAX_FRAMES or (count is not None and len(frames) >= count):
-                    break
-                if index < start or (index - start) % stride:
-                    continue
-                frame_u8 = frame.to_ndarray(format="rgb24")
+    with _opened(source, name) as (container, name):
+        frames, track = _Frames(name), container.streams.video[0]
+        known = len(range(start, track.frames, stride))  # 0 where the container does not say
+        frames.expect(known if count is None else min(count, known), _shape(track, size, crop))
+        for index, frame in enumerate(container.decode(video=0)):
+            if count is not None and len(frames.made) >= count:
+                break
+            if index >= start and (index - start) % stride == 0:
+                frame_u8 = _upright(frame)
                 frame_u8 = images.crop_square(frame_u8) if crop else frame_u8
-                frames.append(fit(frame_u8, size) if size else frame_u8)
-    except (av.error.FFmpegError, OSError) as error:
-        raise images.ImageError(f"{name}: cannot decode: {error}") from error
-    if not frames:
+                frames.add(index, fit(frame_u8, size) if size else frame_u8)
+    if not frames.made:
         raise images.ImageError(f"{name}: no frame at or after {start}")
-    return np.stack(frames)
+    return frames.stack(list(frames.made))
 
 
 def count_frames(path: str | os.PathLike) -> int:
-    """Frames of the file, from its packets: nothing is decoded.
+    """Frames of the file; from its packets where these tell, else by decoding all.
 
     Raises:
       ImageError: missing, not a video, or damaged.
     """
-    with _opened(path) as container:
-        return len(_stamps(container))
+    with _opened(path) as (container, _):
+        stamps = _stamps(container)
+    return _count_decoded(path) if stamps is None else len(stamps)
 
 
-def read_at(
-    path: str | os.PathLike, frames: Sequence[int], *, size: int | tuple[int, int] | None = None
-) -> np.ndarray:
-    """The frames of these numbers; decoding starts at the key frame before the first.
+def read_at(path: str | os.PathLike, frames: Sequence[int], *, size: Size = None) -> np.ndarray:
+    """The frames of these numbers; decoding starts at a key frame before the first if it can.
 
     Args:
       path: of the file.
@@ -97,59 +101,193 @@ def read_at(
     Raises:
       ImageError: missing, not a video, damaged, too large, or ends before a frame.
     """
-    with _opened(path) as container:
+    with _opened(path) as (container, name):
         stamps = _stamps(container)
-        if frames[-1] >= len(stamps):
-            raise images.ImageError(f"{path}: has {len(stamps)} frames, none at {frames[-1]}")
-        stamped = stamps[0] is not None
-        place = {stamps[n] if stamped else n: i for i, n in enumerate(frames)}
-        found: dict[int, np.ndarray] = {}
-        if stamped:
-            container.seek(stamps[frames[0]], stream=container.streams.video[0])
-        for number, frame in enumerate(container.decode(video=0)):
-            key = frame.pts if stamped else number
-            if key in place:
-                frame_u8 = frame.to_ndarray(format="rgb24")
-                found[place[key]] = resize(frame_u8, size) if size else frame_u8
-                if len(found) == len(frames):
-                    break
-    missing = [number for i, number in enumerate(frames) if i not in found]
+        if stamps is not None and frames[-1] >= len(stamps):
+            raise images.ImageError(f"{name}: has {len(stamps)} frames, none at {frames[-1]}")
+        _Frames(name).expect(len(frames), _shape(container.streams.video[0], size))
+        for numbered in _seeks(container, stamps, frames[0]) if stamps else ():
+            made = _pick(numbered, frames, size, name)
+            if len(made.made) == len(frames):
+                return made.stack(frames)
+    with _opened(path) as (container, name):
+        made = _pick(enumerate(container.decode(video=0)), frames, size, name)
+    missing = [number for number in frames if number not in made.made]
     if missing:
-        raise images.ImageError(f"{path}: cannot decode frame {missing[0]}")
-    return np.stack([found[i] for i in range(len(frames))])
+        total = _count_decoded(path)
+        raise images.ImageError(f"{name}: has {total} frames, none at {missing[0]}")
+    return made.stack(frames)
+
+
+class _Frames:
+    """Frames by number: of one size, and bounded in all."""
+
+    def __init__(self, name: str):
+        self.made: dict[int, np.ndarray] = {}
+        self._name = name
+
+    def add(self, number: int, frame_u8: np.ndarray) -> None:
+        """Keeps one."""
+        first = next(iter(self.made.values()), frame_u8)
+        if frame_u8.shape != first.shape:
+            (height, width), (was_high, was_wide) = frame_u8.shape[:2], first.shape[:2]
+            raise images.ImageError(
+                f"{self._name}: frame {number} is {width}x{height}, those before "
+                f"{was_wide}x{was_high}; give size="
+            )
+        self.expect(len(self.made) + 1, first.shape)
+        self.made[number] = frame_u8
+
+    def expect(self, count: int, shape: Sequence[int]) -> None:
+        """Raises ImageError if so many frames, uint8[H, W, 3] each, are too many for one call."""
+        if count * math.prod(shape) > MAX_OUTPUT:
+            raise images.ImageError(
+                f"{self._name}: {count} frames of {shape[1]}x{shape[0]} are over the limit of "
+                f"{MAX_OUTPUT} bytes; read fewer at a time, or smaller ones"
+            )
+
+    def stack(self, numbers: Sequence[int]) -> np.ndarray:
+        """uint8[N, H, W, 3]; empties this, so that nothing is held twice."""
+        result = np.empty((len(numbers), *self.made[numbers[0]].shape), np.uint8)
+        for place, number in enumerate(numbers):
+            result[place] = self.made.pop(number)
+        return result
+
+
+def _shape(track: Any, size: Size, crop: bool = False) -> tuple[int, int, int]:
+    """Of the frames of a call; height and width may be exchanged."""
+    height, width = track.codec_context.height, track.codec_context.width
+    if crop:
+        height = width = min(height, width)
+    if size:
+        height, width = (size, size) if isinstance(size, int) else size
+    return height, width, 3
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike):
-    """The container of a file with a video of decent size; decoding errors name the file."""
+def _opened(source: bytes | str | os.PathLike, name: str = "") -> Iterator[tuple[Any, str]]:
+    """A container with a video of decent size, and its name; decoding errors have the name."""
     av = records.require("av")
+    in_memory = isinstance(source, bytes | bytearray | memoryview)
+    name = name or (f"<{len(source)} bytes>" if in_memory else os.fsdecode(source))
+    if not in_memory:
+        image_files.check_regular(source, name)
+    only_known = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
     try:
-        with av.open(str(path)) as container:
+        # By descriptor: from a name FFmpeg would take protocols ("12:30.mp4") and guess formats.
+        stream = io.BytesIO(source) if in_memory else open(os.open(source, os.O_RDONLY), "rb")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(stream)
+            mp4_boxes.check_counts(stream)
+            container = stack.enter_context(
+                av.open(stream, container_options=only_known, metadata_errors="replace")
+            )
             if not container.streams.video:
-                raise images.ImageError(f"{path}: holds no video")
-            _check_size(container, str(path))
-            yield container
-    except (av.error.FFmpegError, OSError) as error:
-        raise images.ImageError(f"{path}: cannot decode: {error}") from error
+                raise images.ImageError(f"{name}: holds no video")
+            if container.streams.video[0].codec_context is None:
+                raise images.ImageError(f"{name}: holds video of an unknown codec")
+            _bound(container.streams.video[0].codec_context, name)
+            yield container, name
+    except images.ImageError:
+        raise
+    except (av.error.FFmpegError, OSError, ValueError, OverflowError, MemoryError) as error:
+        cause = getattr(error, "strerror", None) or error
+        if isinstance(error, av.error.ArgumentError):  # the white list's
+            cause = f"none of the containers {', '.join(FORMATS)}"
+        raise images.ImageError(f"{name}: cannot decode: {cause}") from error
 
 
-def _stamps(container) -> list[int | None]:
-    """Presentation times of all frames, in order; all None where the file does not tell them."""
-    packets = [p for p in container.demux(video=0) if p.size and not p.is_discard]
-    stamps = {packet.pts for packet in packets}
-    container.seek(0)
-    if None in stamps or len(stamps) < len(packets):
-        return [None] * len(packets)
+def _bound(codec: Any, name: str) -> None:
+    """Refuses large frames, now and when the size changes on the way."""
+    if codec.width * codec.height > MAX_FRAME_PIXELS:
+        raise images.ImageError(
+            f"{name}: frames of {codec.width}x{codec.height} are over the limit of "
+            f"{MAX_FRAME_PIXELS} pixels"
+        )
+    codec.options = {**codec.options, "max_pixels": str(MAX_FRAME_PIXELS)}
+
+
+def _stamps(container: Any) -> list[int] | None:
+    """Presentation times of all frames, in order; None where they cannot be trusted.
+
+    AVI and raw streams have none, or count packets in the order of decoding.
+    """
+    codec = container.streams.video[0].codec_context
+    packets = [
+        (packet.pts, packet.dts)
+        for packet in container.demux(video=0)
+        if packet.size and not packet.is_discard and not _hidden(codec.name, packet)
+    ]
+    stamps = {pts for pts, _ in packets}
+    reordered = codec.has_b_frames and all(pts == dts for pts, dts in packets)
+    if None in stamps or len(stamps) < len(packets) or reordered:
+        return None
     return sorted(stamps)
 
 
-def _check_size(container, name: str) -> None:
-    context = container.streams.video[0].codec_context
-    if context.width * context.height > images.MAX_PIXELS:
-        raise images.ImageError(
-            f"{name}: frames of {context.width}x{context.height} are over the limit of "
-            f"{images.MAX_PIXELS} pixels"
-        )
+def _hidden(codec: str, packet: Any) -> bool:
+    """Whether a packet only serves others: VP8's frames say so in a bit."""
+    return codec == "vp8" and not bytes(packet)[0] & 16
+
+
+def _seeks(container: Any, stamps: list[int], first: int) -> Iterator[Iterator[tuple[int, Any]]]:
+    """Numbered frames from key frames ever further before the first one that is wanted.
+
+    Seeks may land late, or between key frames where the container has no index.
+    """
+    place = {stamp: number for number, stamp in enumerate(stamps)}
+    back = 0
+    while first - back > 0:
+        container.seek(stamps[first - back], stream=container.streams.video[0])
+        yield _numbered(container, place, first)
+        back = 4 * back + 8
+
+
+def _numbered(container: Any, place: dict[int, int], first: int) -> Iterator[tuple[int, Any]]:
+    """Frames with their numbers, as long as the stamps say that none is missing."""
+    expected = -1
+    for frame in container.decode(video=0):
+        number = place.get(frame.pts, -1)
+        late = number > first or not frame.key_frame
+        if number < 0 or (late if expected < 0 else number != expected):
+            return
+        expected = number + 1
+        yield number, frame
+
+
+def _pick(
+    numbered: Iterator[tuple[int, Any]], wanted: Sequence[int], size: Size, name: str
+) -> _Frames:
+    """The wanted ones of numbered frames, as far as they go."""
+    frames, missing = _Frames(name), set(wanted)
+    for number, frame in numbered:
+        if number in missing:
+            frame_u8 = _upright(frame)
+            frames.add(number, resize(frame_u8, size) if size else frame_u8)
+            missing.remove(number)
+        if not missing:
+            break
+    return frames
+
+
+def _count_decoded(path: str | os.PathLike) -> int:
+    with _opened(path) as (container, _):
+        return sum(1 for _ in container.decode(video=0))
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """The frame as it is to be shown: the nearest quarter turn or mirror of its display matrix."""
+    frame_u8 = frame.to_ndarray(format="rgb24")
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return frame_u8
+    xx, xy, _, yx, yy = struct.unpack_from("=5i", bytes(matrix))
+    if abs(xx) + abs(yy) >= abs(xy) + abs(yx):
+        right, down = xx, yy
+    else:  # what was right is down
+        frame_u8, right, down = frame_u8.swapaxes(0, 1), yx, xy
+    frame_u8 = frame_u8[:, ::-1] if right < 0 else frame_u8
+    return np.ascontiguousarray(frame_u8[::-1] if down < 0 else frame_u8)
 
 
 def resize(frame_u8: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
