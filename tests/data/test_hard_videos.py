@@ -216,8 +216,6 @@ def test_mutated_files_are_videos_or_named_errors(tmp_path):
 
 
 def test_counts_are_read_from_boxes_only():
-    import io
-
     for content in (b"", b"\0" * 40, b"\0\0\0\x08ftyp" + b"\xff" * 40, b"RIFF" + b"\xff" * 90):
         stream = io.BytesIO(content)
         mp4_boxes.check_counts(stream)
