@@ -59,16 +59,29 @@ class Listing:
       files: in natural order of their names.
       bad: (place, cause) of lines of the table that cannot be used: no such file, no text.
       notes: for people: what was taken for what, and what is left out.
+      again: (place, cause) of lines of the table that repeat others; they do no harm.
     """
 
     root: pathlib.Path
     files: tuple[File, ...]
     bad: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
+    again: tuple[tuple[str, str], ...] = ()
 
 
-def find(path: str | os.PathLike, file_column: str = "", text_column: str = "") -> Listing:
+def find(
+    path: str | os.PathLike,
+    file_column: str = "",
+    text_column: str = "",
+    *,
+    table: str | os.PathLike = "",
+) -> Listing:
     """Lists a folder, or the folder of a table; see the module.
+
+    Args:
+      path: of folder or table.
+      file_column, text_column: see `tables.read`.
+      table: for a folder, a table that lies elsewhere.
 
     Raises:
       DataError: nothing is there, or a table that cannot be read.
@@ -81,15 +94,15 @@ def find(path: str | os.PathLike, file_column: str = "", text_column: str = "") 
     root = path if path.is_dir() else path.parent
     names = folders.list_files(root, folders.IMAGES + folders.VIDEOS)
     groups, notes = _groups(names)
-    file = tables.find(root) if path.is_dir() else path
-    if file is None:
+    file = table or (tables.find(root) if path.is_dir() else path)
+    if not file:
         files = [
             File(name, group, tuple(tables.split_labels(group)))
             for name, group in zip(names, groups)
         ]
         return Listing(root, tuple(files), (), tuple(notes))
-    table = tables.read(file, file_column, text_column)
-    matched, bad = match(table, names)
+    content = tables.read(file, file_column, text_column)
+    matched, bad = match(content, names)
     files = [
         File(name, group, tuple(entry.labels), tuple(entry.captions))
         if (entry := matched.get(name))
@@ -97,10 +110,11 @@ def find(path: str | os.PathLike, file_column: str = "", text_column: str = "") 
         for name, group in zip(names, groups)
     ]
     if silent := sum(name not in matched for name in names):
-        notes.append(f"{silent} of {len(names)} files are not in {file.name}")
-    if table.duplicates:
-        notes.append(f"{len(table.duplicates)} lines of {file.name} say again what others said")
-    return Listing(root, tuple(files), (*table.bad, *bad), tuple(notes))
+        notes.append(f"{silent} of {len(names)} files are not in {content.path.name}")
+    again = tuple((place, f"says of {file} what was said") for place, file in content.duplicates)
+    if again:
+        notes.append(f"{len(again)} lines of {content.path.name} say again what others said")
+    return Listing(root, tuple(files), (*content.bad, *bad), tuple(notes), again)
 
 
 def match(
@@ -140,7 +154,7 @@ def heldout(listing: Listing, fraction: float) -> np.ndarray:
     """
     if not 0 < fraction < 1:
         raise records.DataError(f"heldout={fraction} is not a share between 0 and 1")
-    values = _hashes(listing)
+    values = hashes(listing)
     if len(np.unique(values)) < 2:
         raise records.DataError(
             f"{listing.root}: {len(values)} files with {len(np.unique(values))} different contents "
@@ -174,8 +188,8 @@ def _groups(names: Sequence[str]) -> tuple[list[str], list[str]]:
     return [part[0] if part else "" for part in parts], []
 
 
-def _hashes(listing: Listing) -> np.ndarray:
-    """Of the contents, float64[n] in [0, 1); kept until a file changes."""
+def hashes(listing: Listing) -> np.ndarray:
+    """Of the contents, float64[n] in [0, 1); equal for copies. Kept until a file changes."""
     paths = [listing.root / file.name for file in listing.files]
     try:
         key: Any = sidecar.fingerprint(paths)

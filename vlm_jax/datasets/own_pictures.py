@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.data import images, records, video
-from vlm_jax.datasets import own_files
+from vlm_jax.datasets import caption_shards, own_files
 
 SPLITS = ("train", "heldout", "all")
 _KEPT_BYTES = 2**30  # of small pictures, so that later epochs decode nothing
@@ -164,10 +164,22 @@ def _nothing(listing: own_files.Listing, texts: bool) -> str:
     )
 
 
-def make_source(**fields) -> OwnPictures:
-    """For `type="own_pictures"` in a config.
+def make_source(**fields) -> OwnPictures | caption_shards.CaptionShards:
+    """For `type="own_pictures"` in a config; shards where `path` is what pack_captions wrote.
 
     Raises:
       DataError: see `OwnPictures` and `own_files`.
     """
-    return OwnPictures(**fields)
+    if not _is_packed(fields.get("path", "")):
+        return OwnPictures(**fields)
+    root = pathlib.Path(fields["path"]).expanduser()
+    split = fields.get("split", "all")
+    labels = root / "labels"
+    return caption_shards.CaptionShards(
+        [str(root / name) for name in (("train", "heldout") if split == "all" else (split,))],
+        labels=str(labels) if labels.is_dir() else "",
+    )
+
+
+def _is_packed(path: str) -> bool:
+    return bool(path) and any(pathlib.Path(path).expanduser().glob("train/*.tar"))
