@@ -1,10 +1,12 @@
 """Annotations as pictures, on literal pixels."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
+from tests import fuzz
 from vlm_jax.data import drawing, records
 
 BLACK = np.zeros((6, 8, 3), np.uint8)
@@ -148,3 +150,82 @@ def test_names_of_drawings():
             drawing.split(call)
     with pytest.raises(records.DataError, match="gone.json: cannot read"):
         drawing.load("gone.json:boxes")
+
+
+GOOD = {"bbox": [1, 1, 4, 3], "segmentation": [[1, 1, 4, 1, 4, 3]], "keypoints": [1, 2, 2] * 17}
+ODD = [
+    {"bbox": [1e9, 0, 1, 1]}, {"bbox": [0, 0, 1e300, 1]}, {"bbox": [float("nan"), 0, 1, 1]},
+    {"bbox": [1, 2, 3]}, {"bbox": ["1", 0, 1, 1]}, {"bbox": 5}, {"bbox": [None] * 4},
+    {"bbox": [True, 0, 1, 1]}, {"bbox": [10**400, 0, 1, 1]}, {"bbox": {"x": 1}},
+    {"keypoints": [1, 2]}, {"keypoints": [[1, 2, 2]] * 17}, {"keypoints": "abc"},
+    {"keypoints": [1, 2, 2] * 5}, {"keypoints": [1e9, 2, 2] * 17},
+    {"segmentation": [[1, 1, 4]]}, {"segmentation": [[1, 1]]}, {"segmentation": [1, 2, 3, 4]},
+    {"segmentation": [[1e9, 1, 4, 1]]}, {"segmentation": 7}, {"segmentation": [[[1, 1]] * 4]},
+    {"segmentation": {"size": [6, 8]}}, {"segmentation": {"counts": [48]}},
+    {"segmentation": {"size": 6, "counts": [48]}}, {"segmentation": {"size": [6, 8], "counts": 5}},
+    {"segmentation": {"size": [6, 8], "counts": [48.0]}},
+    {"segmentation": {"size": [6, 8], "counts": [-1, 49]}},
+    {"segmentation": {"size": [6, 8], "counts": "P" * 10**6}},
+    {"segmentation": {"size": [6, 8], "counts": "P" * 100}},
+    {"segmentation": {"size": [6, 8], "counts": [0] * 10**6}},
+    {"segmentation": {"size": [6, 8], "counts": "\u00e9"}},
+    {"segmentation": {"size": [10**9, 10**9], "counts": [10**18]}},
+    {"category_id": [1]}, {"category_id": {}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: repr(odd)[:60])
+def test_an_odd_annotation_is_one_bad_record(tmp_path, odd):
+    path = tmp_path / "x.json"
+    annotations = [{"image_id": 1, **GOOD}, {"image_id": 2, **GOOD, **odd}]
+    images = [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}]
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    refused = 0
+    for kind in drawing.KINDS:
+        drawn = drawing.load(f"{path}:{kind}")
+        assert drawn.draw(BLACK, "a.jpg").any() and drawn.has("b.jpg")
+        with fuzz.bounded(megabytes=16):
+            try:
+                drawn.draw(BLACK, "b.jpg")
+            except records.BadRecordError as error:
+                refused += 1
+                assert len(str(error)) < 500
+    assert refused
+
+
+def test_annotations_in_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (str(tmp_path / "pipe.json"), "/dev/zero"):
+        with pytest.raises(records.DataError, match="is not a regular file"):
+            drawing.load(f"{path}:boxes")
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(records.DataError, match="RecursionError"):
+        drawing.load(f"{path}:boxes")
+
+
+@pytest.mark.parametrize("form", ["coco", "own"])
+def test_damage_of_any_kind(tmp_path, form):
+    rle = {"size": [6, 8], "counts": "123"}
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg"}],
+        "categories": [{"id": 3}],
+        "annotations": [
+            {"image_id": 1, "category_id": 3, **GOOD}, {"image_id": 1, "segmentation": rle}
+        ],
+    }  # fmt: skip
+    if form == "own":
+        thing = {"label": 3, "box": [1, 2, 3, 4], "polygons": [[1, 1, 4, 1, 4, 3]], "rle": rle}
+        points = {"keypoints": [[1, 2, 2]] * 18}
+        content = [{"image": "a.jpg", "objects": [thing, points]}]
+    for number, damaged in enumerate(fuzz.mutations(json.dumps(content).encode(), 300)):
+        path = tmp_path / f"{number}.json"
+        path.write_bytes(damaged)
+        with fuzz.bounded(megabytes=16):
+            for kind in drawing.KINDS:
+                try:
+                    drawn = drawing.load(f"{path}:{kind}")
+                    if drawn.has("a.jpg"):
+                        assert drawn.draw(BLACK, "a.jpg").shape == BLACK.shape
+                except records.DataError:
+                    pass

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,8 +30,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlm_jax.data import records
+from vlm_jax.data import records, shard_files
 
+MAX_COORDINATE = 1e5  # pixels; Pillow follows a line through all of its points, seen or not
+_MAX_BYTES = 2**31  # of a file of annotations; all of COCO's are 0.5e9
+_RUN_LETTERS = 7  # of a number in compressed RLE: 35 bits
 KINDS = {"boxes": "image", "masks": "black", "keypoints": "black", "openpose": "black"}
 
 
@@ -75,6 +77,7 @@ class Thing:
       keypoints: (x, y, visible) of each point; drawn when visible > 0.
       polygons: x, y, x, y, ... of each.
       rle: COCO's {"size": [h, w], "counts": numbers or text}.
+      problem: why it cannot be drawn; "" when nothing is known against it.
     """
 
     label: int = 1
@@ -82,9 +85,12 @@ class Thing:
     keypoints: tuple[tuple[float, ...], ...] = ()
     polygons: tuple[tuple[float, ...], ...] = ()
     rle: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    problem: str = ""
 
     def has(self, kind: str) -> bool:
         """Whether there is something to draw of this kind."""
+        if self.problem:
+            return True
         if kind == "boxes":
             return bool(self.box)
         if kind == "masks":
@@ -117,6 +123,8 @@ class Drawing:
         """
         canvas = np.zeros_like(image_u8) if self.background == "black" else image_u8
         things = [thing for thing in self.things[name] if thing.has(self.kind)]
+        if problem := next((thing.problem for thing in things if thing.problem), ""):
+            raise records.BadRecordError(f"{self.kind} of {name}: {problem}")
         painter = {"boxes": boxes, "masks": masks}.get(self.kind)
         try:
             if painter:
@@ -125,8 +133,8 @@ class Drawing:
             if self.kind == "openpose":
                 points = [to_openpose(p) if len(p) == 17 else p for p in points]
             return skeletons(canvas, points)
-        except (KeyError, TypeError, ValueError) as error:
-            raise records.BadRecordError(f"{self.kind} of {name}: {error}") from error
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise records.BadRecordError(f"{self.kind} of {name}: {error!s:.200}") from error
 
 
 def load(call: str) -> Drawing:
@@ -160,15 +168,16 @@ def load_things(path: str) -> dict[str, tuple[Thing, ...]]:
       DataError: see `load`.
     """
     try:
-        with open(os.path.expanduser(path), encoding="utf-8") as stream:
-            content = json.load(stream)
+        text = shard_files.read_bytes(os.path.expanduser(path), _MAX_BYTES)
+    except records.BadRecordError as error:
+        raise records.DataError(str(error)) from error
+    try:
+        content = records.parse_json(text)
         made = _from_coco(content) if isinstance(content, dict) else _from_list(content)
-    except OSError as error:
-        raise records.DataError(f"{path}: cannot read: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise records.DataError(
             f"{path}: neither COCO annotations nor a list of images with objects: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error!s:.200}"
         ) from error
     return {name: tuple(things) for name, things in made.items()}
 
@@ -176,37 +185,91 @@ def load_things(path: str) -> dict[str, tuple[Thing, ...]]:
 def _from_coco(content: Mapping[str, Any]) -> dict[str, list[Thing]]:
     ranks = sorted(category["id"] for category in content.get("categories", ()))
     label = {number: rank for rank, number in enumerate(ranks, 1)}
-    names = {image["id"]: image["file_name"] for image in content["images"]}
+    names = {image["id"]: _name(image["file_name"]) for image in content["images"]}
     made: dict[str, list[Thing]] = {name: [] for name in names.values()}
     for entry in content["annotations"]:
-        shape = entry.get("segmentation") or ()
-        x, y, width, height = entry.get("bbox") or (0, 0, 0, 0)
-        made[names[entry["image_id"]]].append(
-            Thing(
-                label=label.get(entry.get("category_id"), 1),
-                box=(x, y, x + width, y + height) if entry.get("bbox") else (),
-                keypoints=_triples(entry.get("keypoints") or ()),
-                polygons=() if isinstance(shape, Mapping) else tuple(map(tuple, shape)),
-                rle=shape if isinstance(shape, Mapping) else {},
-            )
-        )
+        made[names[entry["image_id"]]].append(_checked(_coco_thing, entry, label))
     return made
+
+
+def _coco_thing(entry: Mapping[str, Any], label: Mapping[Any, int]) -> Thing:
+    shape = entry.get("segmentation") or ()
+    box = _numbers(entry.get("bbox") or (), "bbox")
+    if box:
+        x, y, width, height = box
+        box = (x, y, x + width, y + height)
+    flat = _numbers(entry.get("keypoints") or (), "keypoints")
+    return Thing(
+        label=label.get(entry.get("category_id"), 1),
+        box=box,
+        keypoints=tuple(flat[i : i + 3] for i in range(0, len(flat), 3)),
+        polygons=() if isinstance(shape, Mapping) else tuple(map(tuple, shape)),
+        rle=shape if isinstance(shape, Mapping) else {},
+    )
 
 
 def _from_list(content: Sequence[Mapping[str, Any]]) -> dict[str, list[Thing]]:
     made: dict[str, list[Thing]] = {}
     for image in content:
-        things = made.setdefault(image["image"], [])
+        things = made.setdefault(_name(image["image"]), [])
         for entry in image["objects"]:
-            entry = dict(entry)
-            for key in ("keypoints", "polygons"):
-                entry[key] = tuple(map(tuple, entry.get(key, ())))
-            things.append(Thing(**{**entry, "box": tuple(entry.get("box", ()))}))
+            if unknown := sorted(set(entry) - _KEYS):
+                raise KeyError(f"object with {unknown[0]!r:.40}; known: {', '.join(sorted(_KEYS))}")
+            things.append(_checked(_own_thing, entry))
     return made
 
 
-def _triples(flat: Sequence[float]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(flat[i : i + 3]) for i in range(0, len(flat), 3))
+_KEYS = {"label", "box", "keypoints", "polygons", "rle"}
+
+
+def _own_thing(entry: Mapping[str, Any]) -> Thing:
+    return Thing(
+        label=entry.get("label", 1),
+        box=tuple(entry.get("box", ())),
+        keypoints=tuple(map(tuple, entry.get("keypoints", ()))),
+        polygons=tuple(map(tuple, entry.get("polygons", ()))),
+        rle=entry.get("rle", {}),
+    )
+
+
+def _checked(make, *arguments: Any) -> Thing:
+    """The object, or one that says why it cannot be drawn: one odd annotation is one bad record."""
+    try:
+        thing = make(*arguments)
+        _check(thing)
+        return thing
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        return Thing(problem=f"{type(error).__name__}: {error!s:.200}")
+
+
+def _check(thing: Thing) -> None:
+    """Raises ValueError for shapes and numbers that cannot be drawn."""
+    if type(thing.label) is not int:
+        raise ValueError(f"label {thing.label!r:.40} is no integer")
+    if len(_numbers(thing.box, "box")) not in (0, 4):
+        raise ValueError(f"a box of {len(thing.box)} numbers")
+    for point in thing.keypoints:
+        if len(_numbers(point, "keypoints")) != 3:
+            raise ValueError("keypoints are not x, y, visible each")
+    for polygon in thing.polygons:
+        if len(_numbers(polygon, "polygon")) % 2 or len(polygon) < 4:
+            raise ValueError(f"a polygon of {len(polygon)} numbers")
+    if not isinstance(thing.rle, Mapping):
+        raise ValueError(f"rle {thing.rle!r:.40} is no {{size, counts}}")
+
+
+def _numbers(values: Any, name: str) -> tuple[float, ...]:
+    values = tuple(values)
+    for value in values:
+        if type(value) not in (int, float) or not -MAX_COORDINATE <= value <= MAX_COORDINATE:
+            raise ValueError(f"{name} {value!r:.40} is no number within {MAX_COORDINATE:,.0f}")
+    return values
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"image {value!r:.40} is not called by text")
+    return value
 
 
 def colour(label: int) -> tuple[int, int, int]:
@@ -268,7 +331,11 @@ def decode_rle(counts: Sequence[int] | str, height: int, width: int) -> np.ndarr
     Raises:
       ValueError: the runs are not height * width pixels.
     """
+    if len(counts) > _RUN_LETTERS * (height * width + 2):
+        raise ValueError(f"RLE of {len(counts)} counts, image of {height * width} pixels")
     runs = _uncompress(counts) if isinstance(counts, str) else list(counts)
+    if not set(map(type, runs)) <= {int}:
+        raise ValueError("RLE counts are not integers")
     if sum(runs) != height * width or min(runs, default=0) < 0:
         raise ValueError(f"RLE of {sum(runs)} pixels, image of {height * width}")
     values = np.arange(len(runs)) % 2 == 1
@@ -282,6 +349,8 @@ def _uncompress(text: str) -> list[int]:
     value = shift = 0
     for character in text:
         bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift >= 5 * _RUN_LETTERS:
+            raise ValueError(f"RLE text with {character!r}, or a number without an end")
         value |= (bits & 31) << shift
         shift += 5
         if not bits & 32:
