@@ -73,17 +73,20 @@ def of_record(record: Mapping[str, Any]) -> np.ndarray:
     """The picture of a record, uint8[H, W, 3]: `image_u8`, or a file's bytes under `ENCODED`.
 
     Raises:
-      DataError: none of these keys. BadRecordError: it is no such picture, or cannot be read.
+      BadRecordError: none of these keys, it is no such picture, or cannot be read.
     """
     key = next((key for key in ("image_u8", *ENCODED) if key in record), None)
     if key is None:
-        raise records.DataError(
-            f"a record with the keys {', '.join(sorted(record))} has no picture; one of image_u8, "
-            f"{', '.join(ENCODED)} is needed"
+        raise records.BadRecordError(
+            f"a record with the keys {', '.join(records.keys_of(record))} has no picture; one of "
+            f"image_u8, {', '.join(ENCODED)} is needed"
         )
     value = record[key]
     if key == "image_u8":
-        value = np.asarray(value)
+        try:
+            value = np.asarray(value)
+        except ValueError as error:
+            raise records.BadRecordError(f"image_u8: {error}") from error
         if value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3:
             raise records.BadRecordError(
                 f"image_u8 is {value.dtype}{list(value.shape)}, not uint8[H, W, 3]"

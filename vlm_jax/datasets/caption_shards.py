@@ -63,6 +63,8 @@ class CaptionShards:
                         f"no labels of {shard} ({file} is missing). Remedy:\n    python -m "
                         f"vlm_jax.tools.extract_labels --path={shard.parent} --to={labels}"
                     )
+            for shard in files:
+                _check_unchanged(labels, shard)
             self._labels = sources.JsonLines([str(file) for file in found])
             if len(self._labels) != len(self._shards):
                 raise records.DataError(
@@ -136,6 +138,32 @@ def labels_file(folder: str | os.PathLike, shard: pathlib.Path) -> pathlib.Path:
     # Not `absolute`: the folder of "a/../b.tar" is not called "..", which would lead elsewhere.
     inner = pathlib.Path(os.path.abspath(shard)).parent.name
     return pathlib.Path(folder).expanduser() / inner / f"{shard.name.removesuffix('.gz')}.jsonl"
+
+
+def note_file(folder: str | os.PathLike, shard: pathlib.Path) -> pathlib.Path:
+    """Where it is kept what those labels were made of; see `stamp`."""
+    target = labels_file(folder, shard)
+    return target.parents[1] / ".made_of" / target.parent.name / f"{target.name}.json"
+
+
+def stamp(shard: pathlib.Path) -> dict[str, Any]:
+    """Name, size and time of a file: another content has another stamp."""
+    status = shard.stat()
+    return {"file": shard.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _check_unchanged(folder: str | os.PathLike, shard: pathlib.Path) -> None:
+    try:
+        note = records.parse_json(note_file(folder, shard).read_bytes())
+    except (OSError, records.BadRecordError):
+        return
+    now = stamp(shard)
+    # Not the time: it changes when a set is copied to another machine.
+    if isinstance(note, dict) and note.get("file") == shard.name and note["size"] != now["size"]:
+        raise records.DataError(
+            f"{shard} has {now['size']} bytes, and had {note['size']} when its labels in {folder} "
+            "were extracted; extract them again"
+        )
 
 
 def make_source(**fields) -> CaptionShards:

@@ -3,39 +3,47 @@ r"""Extracts the labels of captions once, ahead of training, for millions of cap
     python -m vlm_jax.tools.extract_labels --path=data/cc3m/cc3m data/sbu/sbu --to=labels
     python -m vlm_jax.tools.extract_labels --path='captions/*.jsonl' --to=labels --tagger=textblob
 
-Reads tar shards (STEM.txt), JSON Lines ("caption", "captions" or "txt") and text files (a caption a
-line); a folder is searched for .tar. Writes one JSON Lines file per input file, which the data
-source "caption_shards" takes as `labels=`. Every file appears complete or not at all: after a
-kill, start the same command again, and what is done is left alone. A file changed since is done
-again. Several machines share the work with --num_processes and --process_id.
+Reads tar shards (STEM.txt), .jsonl ("caption", "captions" or "txt"), .tsv (the caption before the
+first tab), .csv (--column) and .txt (a caption a line), each also with .gz; a folder is searched
+for .tar. Writes one JSON Lines file per input file, which the data source "caption_shards" takes as
+`labels=`. Every file appears complete or not at all: after a kill, start the same command again,
+and what is done is left alone. A file of another size or time than then is done again. Several
+machines share the work with --num_processes and --process_id.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import glob
+import hashlib
 import itertools
 import json
 import multiprocessing
 import os
 import pathlib
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+
+from vlm_jax.tools import caption_files
 
 _SETTINGS = "extraction.json"
 _VERSION = 1  # of the rules and of the files
 _PLAIN_EVERY_S = 10.0
+_SHOWN = 8  # bad captions that are said
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 1 when a file could not be read."""
+    """The command line; returns the exit code: 1 when a file, or no caption, could be read."""
     parser = argparse.ArgumentParser(
         prog="extract_labels", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--path", nargs="+", required=True, help="files, globs or folders")
     parser.add_argument("--to", required=True, help="folder for the labels")
+    parser.add_argument("--column", default="", help="of the captions in .csv, .tsv and .jsonl")
     parser.add_argument("--tagger", default="nltk", help="nltk (the reference's) or textblob")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="0: none apart")
     parser.add_argument("--num_processes", type=int, default=1)
@@ -50,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         totals = extract(
             args.path,
             args.to,
+            column=args.column,
             tagger=args.tagger,
             workers=args.workers,
             num_processes=args.num_processes,
@@ -92,6 +101,7 @@ def extract(
     path: str | Sequence[str],
     folder: str,
     *,
+    column: str = "",
     tagger: str = "nltk",
     workers: int = 0,
     num_processes: int = 1,
@@ -101,8 +111,8 @@ def extract(
     """Writes the labels of all files of this process.
 
     Raises:
-      DataError: no input, a folder that was written with other settings, two inputs of one name,
-        the tagger's data are missing.
+      DataError: no input, files of no known form, a folder that was written with other settings,
+        two inputs of one name, the tagger's data are missing.
       MissingExtraError: the tagger is not installed.
     """
     from vlm_jax.data import records
@@ -118,51 +128,135 @@ def extract(
         twice = next(target for target in targets if targets.count(target) > 1)
         both = [str(file) for file, target in zip(files, targets) if target == twice]
         raise records.DataError(f"{', '.join(both)} would share {twice}; give them another --to")
+    for file in files:
+        caption_files.check_column(file, column)
     _check_settings(pathlib.Path(folder), tagger)
 
-    mine = list(zip(files, targets))[process_id::num_processes]
-    todo = [pair for pair in mine if not _is_done(*pair)]
+    mine = [_Job.of(file, folder, column) for file in files][process_id::num_processes]
+    todo = [job for job in mine if not job.done()]
     totals = Totals(left_alone=len(mine) - len(todo))
     progress = _Progress(len(todo))
-    waiting: dict[pathlib.Path, int] = {}
+    waiting: dict[_Job, int] = {}
+    said = _Said()
     for unit, outcome in _run(_units(todo, tagger, rows_per_part, waiting), workers):
         if isinstance(outcome, Exception):
-            print(f"extract_labels: {unit.file}: {outcome}", file=sys.stderr)
+            print(f"extract_labels: {unit.job.file}: {outcome}", file=sys.stderr)
             totals = totals.plus(failed=1)
             progress.show(totals, 1 / unit.parts)
             continue
-        totals = totals.plus(**outcome)
-        waiting[unit.target] -= 1
-        if not waiting[unit.target]:
-            _join(unit.target, unit.parts)
+        totals = totals.plus(**outcome.counts)
+        said.add(unit, outcome)
+        waiting[unit.job] -= 1
+        if not waiting[unit.job]:
+            _join(unit.job, unit.parts)
             totals = totals.plus(files=1)
         progress.show(totals, 1 / unit.parts)
     progress.close()
-    return totals
+    return said.judge(totals)
+
+
+class _Said:
+    """What is said about bad captions: a few of them, and when there is nothing else."""
+
+    def __init__(self):
+        self._left, self._read, self._first = _SHOWN, False, ""
+
+    def add(self, unit: _Unit, outcome: _Outcome) -> None:
+        """After every part."""
+        self._read |= outcome.counts.get("captions", 1) > outcome.counts.get("bad", 0)
+        lines = [f"{unit.job.file}:{line}" for line in outcome.bad]
+        self._first = self._first or next(iter(lines), "")
+        for line in lines[: self._left]:
+            print(f"extract_labels: {line}", file=sys.stderr)
+        self._left = max(0, self._left - len(lines))
+
+    def judge(self, totals: Totals) -> Totals:
+        """At the end; files count as failed when nothing could be read of any."""
+        if totals.files and not self._read:
+            first = f"; the first: {self._first}" if self._first else ""
+            print(
+                f"extract_labels: not one caption could be read of {totals.files} files{first}",
+                file=sys.stderr,
+            )
+            return totals.plus(failed=totals.files)
+        if totals.captions > totals.bad and not totals.labels:
+            print(
+                f"extract_labels: warning: none of {totals.captions - totals.bad} captions gave a "
+                "label; are they empty, or in another language than English?",
+                file=sys.stderr,
+            )
+        return totals
+
+
+class _Job(NamedTuple):
+    """One input file and where its labels go.
+
+    Attributes:
+      file, target, note: input, output, and what the output was made of.
+      column: see `caption_files`.
+      stamp: JSON of what a note says when nothing has changed.
+    """
+
+    file: pathlib.Path
+    target: pathlib.Path
+    note: pathlib.Path
+    column: str
+    stamp: str
+
+    @classmethod
+    def of(cls, file: pathlib.Path, folder: str, column: str) -> _Job:
+        """The job of a file as it is now."""
+        from vlm_jax.datasets import caption_shards
+
+        target = caption_shards.labels_file(folder, file)
+        note = caption_shards.note_file(folder, file)
+        stamp = json.dumps({**caption_shards.stamp(file), "column": column})
+        return cls(file, target, note, column, stamp)
+
+    def done(self) -> bool:
+        """Whether the labels are there and were made of this content."""
+        try:
+            return self.target.is_file() and self.note.read_text(encoding="utf-8") == self.stamp
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    def part(self, part: int, parts: int) -> pathlib.Path:
+        """Of this content; another one has parts of other names."""
+        content = hashlib.sha256(self.stamp.encode()).hexdigest()[:12]
+        return self.target.with_name(f".{self.target.name}.{content}.part{part}of{parts}")
 
 
 class _Unit(NamedTuple):
     """One part of one file."""
 
-    file: pathlib.Path
-    target: pathlib.Path
+    job: _Job
     tagger: str
     part: int
     parts: int
 
     @property
     def output(self) -> pathlib.Path:
-        return _part_file(self.target, self.part, self.parts)
+        return self.job.part(self.part, self.parts)
+
+
+class _Outcome(NamedTuple):
+    """Counts for `Totals` (none for a part that was there), and the first bad captions."""
+
+    counts: dict[str, int]
+    bad: list[str]
 
 
 def _units(todo, tagger, rows_per_part, waiting) -> Iterator[_Unit]:
-    for file, target in todo:
+    for job in todo:
         parts = 1
-        if file.suffix != ".tar":  # a shard is small; a line file may hold everything
-            parts = max(1, -(-_count_lines(file) // rows_per_part))
-        waiting[target] = parts
+        if caption_files.form_of(job.file) != ".tar":  # a line file may hold everything
+            try:
+                parts = max(1, -(-caption_files.count(job.file, job.column) // rows_per_part))
+            except (ValueError, OSError):
+                pass  # said by the part that cannot read it
+        waiting[job] = parts
         for part in range(parts):
-            yield _Unit(file, target, tagger, part, parts)
+            yield _Unit(job, tagger, part, parts)
 
 
 def _run(units: Iterator[_Unit], workers: int) -> Iterator[tuple[_Unit, Any]]:
@@ -184,26 +278,27 @@ def _run(units: Iterator[_Unit], workers: int) -> Iterator[tuple[_Unit, Any]]:
                     running[pool.submit(_try, unit)] = unit
 
 
-def _try(unit: _Unit) -> dict[str, int] | Exception:
+def _try(unit: _Unit) -> _Outcome | Exception:
     try:
         return _extract(unit)
     except (ValueError, OSError) as error:
         return error
 
 
-def _extract(unit: _Unit) -> dict[str, int]:
-    """Writes one part; counts for `Totals`."""
+def _extract(unit: _Unit) -> _Outcome:
+    """Writes one part."""
     from vlm_jax.systems.nxtp import labels
 
-    if _is_done(unit.file, unit.output):  # before a kill
-        return {}
+    if unit.output.is_file():  # before a kill
+        return _Outcome({}, [])
     tagger = labels.make_tagger(unit.tagger)
     counts = dict(captions=0, labels=0, without=0, bad=0)
+    bad = caption_files.notes(unit.job.file)[:_SHOWN]
     unit.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = unit.output.with_name(f".{unit.output.name}.{os.getpid()}")
+    partial = unit.output.with_name(f"{unit.output.name}.{os.getpid()}")
     try:
         with partial.open("w", encoding="utf-8") as stream:
-            for key, read in _captions(unit):
+            for key, read in caption_files.rows(unit.job.file, unit.job.column, *_bounds(unit)):
                 counts["captions"] += 1
                 line: dict[str, Any] = {"key": key}
                 try:
@@ -213,72 +308,36 @@ def _extract(unit: _Unit) -> dict[str, int]:
                 except ValueError as error:
                     line["error"] = str(error)[:200]
                     counts["bad"] += 1
+                    bad += [f"{key}: {line['error']}"] if len(bad) < _SHOWN else []
                 stream.write(json.dumps(line) + "\n")
         os.replace(partial, unit.output)
     finally:
         partial.unlink(missing_ok=True)
-    return counts
+    return _Outcome(counts, bad)
 
 
-def _captions(unit: _Unit):
-    """(key, function returning the record) of every caption of the part, in order."""
-    from vlm_jax.data import sources
-
-    name = f"{unit.file}:"
-    if unit.file.suffix in (".tar", ".jsonl"):
-        source = (
-            sources.TarShards([str(unit.file)], members=("txt",))
-            if unit.file.suffix == ".tar"
-            else sources.JsonLines([str(unit.file)])
-        )
-        for index in _rows(len(source), unit):
-            key = source.record_id(index).removeprefix(name)
-            yield key, lambda index=index: _only_text(source[index])
-        return
-    with unit.file.open("rb") as stream:
-        rows = _rows(_count_lines(unit.file), unit)
-        for number, line in enumerate(itertools.islice(stream, rows.start, rows.stop), rows.start):
-            yield str(number + 1), lambda line=line: {"txt": line.decode().strip()}
-
-
-def _only_text(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: record[key] for key in ("caption", "captions", "txt") if key in record}
-
-
-def _rows(count: int, unit: _Unit) -> range:
+def _bounds(unit: _Unit) -> tuple[int, int | None]:
     """The part's rows: parts differ by at most one row."""
-    return range(count * unit.part // unit.parts, count * (unit.part + 1) // unit.parts)
+    if unit.parts == 1:
+        return 0, None
+    count = caption_files.count(unit.job.file, unit.job.column)
+    return count * unit.part // unit.parts, count * (unit.part + 1) // unit.parts
 
 
-def _count_lines(file: pathlib.Path) -> int:
-    count, last = 0, b"\n"
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            count, last = count + block.count(b"\n"), block[-1:]
-    return count + (last != b"\n")
-
-
-def _part_file(target: pathlib.Path, part: int, parts: int) -> pathlib.Path:
-    if parts == 1:
-        return target
-    return target.with_name(f".{target.name}.part{part}of{parts}")
-
-
-def _join(target: pathlib.Path, parts: int) -> None:
-    if parts == 1:
-        return
-    files = [_part_file(target, part, parts) for part in range(parts)]
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
+def _join(job: _Job, parts: int) -> None:
+    files = [job.part(part, parts) for part in range(parts)]
+    partial = job.target.with_name(f".{job.target.name}.{os.getpid()}")
     with partial.open("wb") as stream:
         for file in files:
-            stream.write(file.read_bytes())
-    os.replace(partial, target)
-    for file in files:
-        file.unlink()
-
-
-def _is_done(file: pathlib.Path, target: pathlib.Path) -> bool:
-    return target.is_file() and target.stat().st_mtime_ns >= file.stat().st_mtime_ns
+            with file.open("rb") as part:
+                shutil.copyfileobj(part, stream)
+    job.note.parent.mkdir(parents=True, exist_ok=True)
+    job.note.unlink(missing_ok=True)  # a kill here makes the file once more
+    os.replace(partial, job.target)
+    job.note.write_text(job.stamp, encoding="utf-8")
+    # Also those of an earlier content, which nobody will ask for.
+    for file in job.target.parent.glob(f".{glob.escape(job.target.name)}.*.part*of*"):
+        file.unlink(missing_ok=True)
 
 
 def _check_settings(folder: pathlib.Path, tagger: str) -> None:
@@ -288,7 +347,10 @@ def _check_settings(folder: pathlib.Path, tagger: str) -> None:
     settings = {"tagger": tagger, "removed": list(labels.REMOVED), "version": _VERSION}
     file = folder / _SETTINGS
     if file.is_file():
-        found = json.loads(file.read_text())
+        try:
+            found = records.parse_json(file.read_bytes())
+        except records.BadRecordError as error:
+            raise records.DataError(f"{file}: {error}") from error
         if found != settings:
             raise records.DataError(
                 f"{folder} was written with {found}, now it would be {settings}; give another --to"
