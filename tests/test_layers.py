@@ -42,6 +42,7 @@ PROGRAM = {
     "scores",
     "metric_writer",
     "progress",
+    "console",
     "curves",
     "starting_point",
     "stop_signal",

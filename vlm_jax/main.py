@@ -17,11 +17,12 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from vlm_jax import recipes
+from vlm_jax import console, recipes
 
 
 def main(argv=None):
     """Parses flags, then runs; user errors end in one message and exit status 2, not a trace."""
+    console.tolerate_any_text()
     argv = _locate_recipe(list(sys.argv if argv is None else argv))
     values = _define_flags(argv)
     if {"-h", "-help", "--help"} & set(argv[1:]):

@@ -8,9 +8,12 @@ python -m vlm_jax.predict SYSTEM --help
 import argparse
 import sys
 
+from vlm_jax import console
+
 
 def main(argv=None):
     """Parses the system's own arguments, loads it, lets it write its answer."""
+    console.tolerate_any_text()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0].startswith("-"):
         print(__doc__)

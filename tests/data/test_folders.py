@@ -1,3 +1,6 @@
+import os
+import unicodedata
+
 import pytest
 
 from vlm_jax.data import folders, records
@@ -52,3 +55,39 @@ def test_pairs_match_by_order_and_stem(tmp_path):
     assert folders.paired([photos, depth], "order")[2] == ("a/10.jpg", "a/11.png")
     with pytest.raises(records.DataError, match="match='name' is not"):
         folders.paired([photos, depth], "name")
+
+
+def test_names_of_any_kind(tmp_path, capsys):
+    for name in ("1²3.jpg", "٣.jpg", "10.jpg", "9.jpg", "12:30.JFIF", "a.jp2", "b.jpe"):
+        fill(tmp_path, name)
+    (tmp_path / os.fsdecode(b"\xff\xe9.jpg")).write_bytes(b"")
+    found = folders.list_files(tmp_path)
+    assert found == [
+        "a.jp2", "b.jpe", "٣.jpg", os.fsdecode(b"\xff\xe9.jpg"), "1²3.jpg", "9.jpg", "10.jpg",
+        "12:30.JFIF",
+    ]  # fmt: skip
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_left_out_is_counted(tmp_path, capsys):
+    fill(tmp_path, "a.jpg", "b.TXT", "x/c.txt", "d.mp4", "README")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "there.jpg").symlink_to(tmp_path / "a.jpg")
+    assert folders.list_files(tmp_path) == ["a.jpg", "there.jpg"]
+    said = capsys.readouterr().err
+    for part in ("3 that are no files", "2 .txt", "1 .mp4", "1 without a suffix"):
+        assert part in said
+    with pytest.raises(records.DataError, match=r"ends with .*\.webm.*; it holds 1 \.txt"):
+        folders.list_files(tmp_path / "x", folders.VIDEOS)
+
+
+def test_two_forms_of_unicode_are_one_name(tmp_path):
+    composed, apart = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    photos = fill(tmp_path / "photos", f"{composed}.jpg", "f.jpg", "ez.jpg")
+    masks = fill(tmp_path / "masks", f"{apart}.png", "f.png", "ez.png")
+    assert folders.paired([photos, masks]) == [
+        ("ez.jpg", "ez.png"), ("f.jpg", "f.png"), (f"{composed}.jpg", f"{apart}.png"),
+    ]  # fmt: skip
+    assert list(folders.by_class([f"{composed}/1.jpg", f"{apart}/2.jpg"])) == [composed]

@@ -28,6 +28,8 @@ def test_output_size():
     assert tiling.output_size("", (10, 20)) is None
     assert tiling.output_size("original", np.array([10, 20])) == (10, 20)
     assert tiling.output_size("320, 240", (1, 1)) == (240, 320)
+    with pytest.raises(records.DataError, match="more than 67108864 pixels"):
+        tiling.output_size("99999,99999", (1, 1))
     for spec in ("320", "0,5", "a,b", "Original"):
         with pytest.raises(records.DataError, match="WIDTH,HEIGHT"):
             tiling.output_size(spec, (1, 1))
@@ -43,6 +45,10 @@ def test_outputs_stay_in_their_folder(tmp_path):
     (tmp_path / "link").symlink_to("/")
     with pytest.raises(records.DataError, match="leaves"):
         tiling.place(tmp_path, "link/b.png")
+    for output in (".", "..", "", "/", "./", "a/.."):
+        for anywhere in (False, True):
+            with pytest.raises(records.DataError, match="names no file"):
+                tiling.place(tmp_path, output, anywhere=anywhere)
 
 
 def test_files(tmp_path):

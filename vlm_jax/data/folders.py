@@ -1,23 +1,37 @@
 """Folders of images, videos and frames as sorted lists of relative paths ("cat/12.jpg").
 
-Sorting is natural: frame2 comes before frame10. Hidden files are left out.
+Sorting is natural: frame2 comes before frame10. Hidden files are left out, and so is what is no
+file: pipes, sockets, devices, dangling links. Names need not be UTF-8: Python keeps other bytes as
+lone surrogates. They are compared in Unicode's form NFC, because one system writes "é" as one
+character and another as two.
 """
 
 from __future__ import annotations
 
+import collections
 import os
 import pathlib
 import re
+import sys
+import unicodedata
 from collections.abc import Sequence
 
 from vlm_jax.data import records
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
-VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ogv", ".3gp")
+IMAGES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
+    ".pgm", ".jp2", ".avif", ".heic", ".heif",
+)  # fmt: skip
+VIDEOS = (
+    ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ogv", ".3gp", ".ts",
+    ".m2ts", ".mts", ".wmv", ".asf", ".flv", ".vob",
+)  # fmt: skip
 
 
 def list_files(root: str | os.PathLike, suffixes: Sequence[str] = IMAGES) -> list[str]:
     """Files below `root`, at any depth, whose name ends so; links to folders are followed.
+
+    What is left out is counted on stderr.
 
     Raises:
       DataError: no such folder, or none of these files in it.
@@ -25,29 +39,59 @@ def list_files(root: str | os.PathLike, suffixes: Sequence[str] = IMAGES) -> lis
     root = os.path.expanduser(os.fspath(root))
     if not os.path.isdir(root):
         raise records.DataError(f"{root}: no such folder")
-    found, seen = [], set()
-    for folder, below, files in os.walk(root, followlinks=True):
+    found, others = [], collections.Counter()
+    seen, pending = set(), [root]
+    while pending:
+        folder = pending.pop()
         real = os.path.realpath(folder)
         if real in seen:  # a link that leads back
-            below.clear()
             continue
         seen.add(real)
-        below[:] = [name for name in below if not name.startswith(".")]
-        for name in files:
-            if name.lower().endswith(tuple(suffixes)) and not name.startswith("."):
-                found.append(pathlib.Path(folder, name).relative_to(root).as_posix())
+        for entry in _entries(folder, others):
+            if entry.is_dir():
+                pending.append(entry.path)
+            elif not entry.is_file():
+                others["that are no files"] += 1
+            elif entry.name.lower().endswith(tuple(suffixes)):
+                found.append(pathlib.Path(entry.path).relative_to(root).as_posix())
+            else:
+                suffix = os.path.splitext(entry.name)[1].lower()
+                others[suffix or "without a suffix"] += 1
+    left_out = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
     if not found:
-        raise records.DataError(f"{root}: holds no file that ends with {', '.join(suffixes)}")
+        also = f"; it holds {left_out}" if left_out else ""
+        raise records.DataError(f"{root}: holds no file that ends with {', '.join(suffixes)}{also}")
+    if left_out:
+        print(f"vlm_jax: {root}: left out {left_out}", file=sys.stderr)
     return sorted(found, key=natural)
+
+
+def _entries(folder: str, others: collections.Counter) -> list[os.DirEntry]:
+    """What is in a folder and not hidden; a folder that may not be read is one of the others."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except PermissionError:
+        others["folders that may not be read"] += 1
+        return []
+
+
+def canonical(name: str) -> str:
+    """A name as names are compared."""
+    return unicodedata.normalize("NFC", name)
 
 
 def natural(path: str) -> tuple:
     """Sorts folder by folder, numbers by their value."""
     parts = [
-        tuple((int(x), "") if x.isdigit() else (-1, x) for x in re.split(r"([0-9]+)", part) if x)
-        for part in path.split("/")
+        # Only what the pattern found: "²".isdigit() is true, and int("²") fails.
+        tuple((int(x), "") if x[0] in "0123456789" else (-1, x) for x in _NUMBER.split(part) if x)
+        for part in canonical(path).split("/")
     ]
     return (parts, path)
+
+
+_NUMBER = re.compile("([0-9]+)")
 
 
 def by_folder(paths: Sequence[str]) -> dict[str, list[str]]:
@@ -69,7 +113,7 @@ def by_class(paths: Sequence[str]) -> dict[str, list[str]]:
         name, slash, _ = path.partition("/")
         if not slash:
             raise records.DataError(f"{path}: has no class; put the images in one folder per class")
-        groups.setdefault(name, []).append(path)
+        groups.setdefault(canonical(name), []).append(path)
     return groups
 
 
@@ -106,5 +150,5 @@ def paired(roots: Sequence[str | os.PathLike], match: str = "stem") -> list[tupl
 
 
 def _agree(one: str, two: str) -> bool:
-    one, two = os.path.splitext(one)[0], os.path.splitext(two)[0]
+    one, two = (os.path.splitext(canonical(name))[0] for name in (one, two))
     return one == two or one.startswith(two + ".") or two.startswith(one + ".")

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vlm_jax.data import image_files, records, web
 
 ImageError = image_files.ImageError
-MAX_PIXELS = image_files.MAX_PIXELS
+MAX_PIXELS, MAX_BYTES = image_files.MAX_PIXELS, image_files.MAX_BYTES
 decode = image_files.decode
 
 ENCODED = ("jpg", "jpeg", "png", "webp", "image")  # keys of records: tar shards, TFDS
@@ -122,7 +122,7 @@ def _named(text: str, reach: str) -> np.ndarray:
         return decode(_local(text), name=text)
     if reach != "web":
         raise ImageError(f"{text}: URLs are not read here; save the file first")
-    return decode(web.read(text, max_bytes=image_files.MAX_BYTES), name=text)
+    return decode(web.read(text, max_bytes=MAX_BYTES), name=text)
 
 
 def _local(text: str) -> str:

@@ -24,6 +24,10 @@ from typing import Any
 
 Record = dict[str, Any]
 
+# How text files are written. File names need not be UTF-8: their odd bytes are lone surrogates in
+# Python, which become the escapes that JSON has for them.
+TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
+
 
 class DataError(ValueError):
     """Input that cannot be used; the message names the file or record, the cause, the remedy."""

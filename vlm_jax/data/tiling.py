@@ -36,7 +36,7 @@ def output_size(spec: str, original: tuple[int, int]) -> tuple[int, int] | None:
       original: height and width of the last input.
 
     Raises:
-      DataError: another spec.
+      DataError: another spec, or one of too many pixels.
     """
     if not spec:
         return None
@@ -45,6 +45,10 @@ def output_size(spec: str, original: tuple[int, int]) -> tuple[int, int] | None:
     found = re.fullmatch(r"\s*([1-9]\d{0,4})\s*,\s*([1-9]\d{0,4})\s*", spec)
     if not found:
         raise records.DataError(f"resize_output={spec!r} is not '', 'original' or 'WIDTH,HEIGHT'")
+    if int(found[1]) * int(found[2]) > images.MAX_PIXELS:
+        raise records.DataError(
+            f"resize_output={spec!r}: pictures of more than {images.MAX_PIXELS} pixels"
+        )
     return int(found[2]), int(found[1])
 
 
@@ -71,16 +75,19 @@ def place(folder: str | os.PathLike, output: str, *, anywhere: bool = False) -> 
       anywhere: also absolute paths and "..".
 
     Raises:
-      DataError: a path that leaves the folder. Batch files come from elsewhere.
+      DataError: no file's name, or a path that leaves the folder. Batch files come from elsewhere.
     """
     folder = pathlib.Path(folder)
     path = folder / output
-    if not anywhere and not path.resolve().is_relative_to(folder.resolve()):
+    if pathlib.PurePath(output).name in ("", ".."):
+        raise records.DataError(f"output {output!r} names no file")
+    path = path if path.suffix else path.with_name(path.name + ".png")
+    if not anywhere and folder.resolve() not in path.resolve().parents:
         raise records.DataError(
             f"output {output!r} leaves {folder}; use relative paths without '..', or allow it "
             f"with --anywhere"
         )
-    return path if path.suffix else path.with_suffix(".png")
+    return path
 
 
 def save(path: pathlib.Path, picture_u8: np.ndarray) -> None:

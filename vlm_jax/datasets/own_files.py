@@ -129,11 +129,12 @@ def match(
     for name in names:
         base = os.path.basename(name)
         for key in {base, os.path.splitext(base)[0]}:
-            short.setdefault(key, []).append(name)
-    known, matched, bad = set(names), {}, []
+            short.setdefault(folders.canonical(key), []).append(name)
+    known, matched, bad = {folders.canonical(name): name for name in names}, {}, []
     for entry in table.entries:
         place = f"{table.path}:{entry.line}"
-        found = [entry.file] if entry.file in known else short.get(os.path.basename(entry.file), [])
+        file = folders.canonical(entry.file)
+        found = [known[file]] if file in known else short.get(os.path.basename(file), [])
         if not found:
             bad.append((place, f"no file {entry.file}"))
         elif len(found) > 1:

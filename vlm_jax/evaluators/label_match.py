@@ -38,7 +38,7 @@ import numpy as np
 
 from vlm_jax import config as config_lib
 from vlm_jax import text_embedder
-from vlm_jax.data import images, label_sheet, pipeline
+from vlm_jax.data import images, label_sheet, pipeline, records
 from vlm_jax.metrics import label_match, published_labels
 
 _SIDE = 16  # of the small photos that are compared
@@ -168,7 +168,7 @@ class Evaluator:
         ]
 
     def _write(self, out_dir: pathlib.Path, seen, scores, results, curves) -> None:
-        with (out_dir / "predictions.jsonl").open("w", encoding="utf-8") as stream:
+        with (out_dir / "predictions.jsonl").open("w", **records.TEXT) as stream:
             for i, name in enumerate(seen.ids):
                 line = {
                     "id": name,
@@ -179,9 +179,9 @@ class Evaluator:
                 }  # fmt: skip
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
         table = self.table(results)
-        (out_dir / "table.md").write_text(table + "\n")
+        (out_dir / "table.md").write_text(table + "\n", **records.TEXT)
         print(table)
-        (out_dir / "curves.json").write_text(json.dumps(curves, indent=1) + "\n")
+        (out_dir / "curves.json").write_text(json.dumps(curves, indent=1) + "\n", **records.TEXT)
         _draw_curves(curves, out_dir / "curves.png")
         if self.photos:
             entries = [

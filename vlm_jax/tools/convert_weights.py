@@ -17,11 +17,14 @@ import os
 import sys
 from collections.abc import Sequence
 
+from vlm_jax import console
+
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    console.tolerate_any_text()
     parser = argparse.ArgumentParser(
         prog="convert_weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -12,9 +12,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from vlm_jax import console
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    console.tolerate_any_text()
     parser = argparse.ArgumentParser(
         prog="export_tokenizer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from vlm_jax import console
 from vlm_jax.tools import caption_files
 
 _SETTINGS = "extraction.json"
@@ -38,6 +39,7 @@ _SHOWN = 8  # bad captions that are said
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 1 when a file, or no caption, could be read."""
+    console.tolerate_any_text()
     parser = argparse.ArgumentParser(
         prog="extract_labels", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

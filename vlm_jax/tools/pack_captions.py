@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax import console
 from vlm_jax.data import images, records, sidecar
 from vlm_jax.datasets import own_files, own_pictures
 
@@ -46,6 +47,7 @@ _EVERY_S = 10.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    console.tolerate_any_text()
     args = _parser().parse_args(argv)
     try:
         return pack(args)

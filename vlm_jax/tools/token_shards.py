@@ -167,7 +167,7 @@ def _write_json(path: pathlib.Path, content: Any) -> None:
 def _write_text(path: pathlib.Path, text: str) -> None:
     # Machines that share the folder may have equal process ids.
     partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, **records.TEXT)
     os.replace(partial, path)
 
 

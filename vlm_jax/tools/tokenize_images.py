@@ -23,9 +23,12 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from vlm_jax import console
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    console.tolerate_any_text()
     args = _parser().parse_args(argv)
     try:
         if not args.layout and not args.preview:

@@ -159,7 +159,7 @@ class _Sources:
         """Counts names and adds them to the digest."""
         names = list(names)
         self.files += len(names)
-        self.digest.update("\n".join(names).encode())
+        self.digest.update(os.fsencode("\n".join(names)))
 
     def list(self, suffixes: Sequence[str] = folders.IMAGES) -> list[str]:
         """Relative paths below the input."""
@@ -179,9 +179,13 @@ class _Sources:
         self.found("\n".join(row) for row in rows)
         calls = [a for a in options.annotations if a not in roots]
         self.drawings = {call: drawing.load(call) for call in calls}
+        known = {
+            call: {folders.canonical(name): name for name in self.drawings[call].things}
+            for call in calls
+        }
         result, empty = {}, 0
         for row in rows:
-            names = {call: self._name_in(call, row[0]) for call in calls}
+            names = {call: self._name_in(call, known[call], row[0]) for call in calls}
             if any(not self.drawings[call].has(name) for call, name in names.items()):
                 empty += 1
                 continue
@@ -202,10 +206,10 @@ class _Sources:
             self.notes.append(f"{empty} of {len(rows)} images have nothing to draw: left out")
         return result
 
-    def _name_in(self, call: str, name: str) -> str:
-        for known in (name, os.path.basename(name)):
-            if known in self.drawings[call].things:
-                return known
+    def _name_in(self, call: str, known: Mapping[str, str], name: str) -> str:
+        for wanted in (name, os.path.basename(name)):
+            if folders.canonical(wanted) in known:
+                return known[folders.canonical(wanted)]
         raise records.DataError(
             f"{drawing.split(call)[0]}: says nothing about {self._options.input}/{name}"
         )

@@ -14,7 +14,7 @@ import json
 import pathlib
 
 from vlm_jax import loading
-from vlm_jax.data import images, label_sheet
+from vlm_jax.data import images, label_sheet, records
 from vlm_jax.systems.nxtp import model as model_lib
 
 
@@ -38,16 +38,12 @@ def predict(args):
     found = model.label(photos, k=args.k)
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    for path, labels in zip(args.image, found):
-        print(path)
-        for label, score in labels:
-            print(f"  {score:.5f}  {label}")
     content = [
         {"image": str(path), "labels": [[label, round(score, 6)] for label, score in labels]}
         for path, labels in zip(args.image, found)
     ]
     text = json.dumps(content, indent=1, ensure_ascii=False)
-    (out / "labels.json").write_text(text + "\n", encoding="utf-8")
+    (out / "labels.json").write_text(text + "\n", **records.TEXT)
     entries = [label_sheet.Entry(photo, labels) for photo, labels in zip(photos, found)]
     sheet = label_sheet.draw(entries, shown=args.k)
     (out / "labels.png").write_bytes(images.encode(sheet))
@@ -60,4 +56,8 @@ def predict(args):
                 sheet = model_lib.attention_sheet(maps_nts, model.cfg.num_image)
                 (out / name).write_bytes(images.encode(sheet))
                 written.append(name)
+    for path, labels in zip(args.image, found):  # last: what fails here costs no result
+        print(path)
+        for label, score in labels:
+            print(f"  {score:.5f}  {label}")
     print(f"wrote {', '.join(written)} to {out}")
