@@ -28,7 +28,13 @@ BATCH_AXES = ("data", "fsdp")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1, "all devices that are left"."""
+    """Sizes of the mesh axes; one of them may be -1, "all devices that are left".
+
+    Attributes:
+      data: devices with all of the parameters each, and other rows.
+      fsdp: devices that share parameters and optimizer state, and have other rows.
+      tensor: devices that share the width of a network, and have the same rows.
+    """
 
     data: int = 1
     fsdp: int = -1

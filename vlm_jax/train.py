@@ -56,7 +56,8 @@ class TrainConfig:
         mean of the parts' means.
       seed: of parameters, data order and dropout; one per run.
       log_every, save_every: in updates; save_every=0 saves only at the end.
-      keep_last: checkpoints kept besides the milestones (every `milestone_every` updates).
+      keep_last: checkpoints kept besides the milestones.
+      milestone_every: updates between checkpoints that are kept for good; 0 has none.
       failed_evaluation: what becomes of a run when an evaluation raises: "continue" goes on and
         ends with exit status 1, "stop" saves and ends at once with status 1, "ignore" goes on and
         ends as if nothing had been. Noted in metrics.jsonl; the next start makes up for those of

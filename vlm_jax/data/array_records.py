@@ -17,7 +17,12 @@ _COUNTING = 16  # files opened at once to count their records; remote ones take 
 
 
 class ArrayRecord(shard_files.Files):
-    """ArrayRecord files, one msgpack dict a record (or raw bytes)."""
+    """ArrayRecord files, one msgpack dict a record (or raw bytes).
+
+    Args:
+      path: see `sources`.
+      decode: "msgpack", or "raw": the record is {"bytes": ...}.
+    """
 
     def __init__(self, path: str | os.PathLike | Sequence[str], decode: str = "msgpack"):
         if decode not in ("msgpack", "raw"):

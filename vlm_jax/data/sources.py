@@ -77,7 +77,11 @@ def make_source(type: str, **fields: Any) -> Source:
 
 
 class Memory:
-    """Records of a list."""
+    """Records of a list.
+
+    Args:
+      records: as they are given out.
+    """
 
     skipped: Sequence[tuple[str, str]] = ()
 
@@ -102,6 +106,9 @@ class JsonLines(shard_files.Files):
     """One JSON object a line. The index of byte offsets is made once per content of the file.
 
     Lines that are not a JSON object are left out and listed in `skipped`; empty lines are ignored.
+
+    Args:
+      path: see the module.
     """
 
     def __init__(self, path: str | os.PathLike | Sequence[str]):
@@ -251,7 +258,13 @@ _TAR_VALUES = {"json": records.parse_json, "txt": lambda content: content.decode
 
 
 class Tfds:
-    """A prepared TensorFlow Datasets data set in ArrayRecord format, read without TensorFlow."""
+    """A prepared TensorFlow Datasets data set in ArrayRecord format, read without TensorFlow.
+
+    Args:
+      name, split: as TFDS calls them.
+      data_dir: where it was prepared; None is TFDS's own place.
+      builder_kwargs: of the builder.
+    """
 
     skipped: Sequence[tuple[str, str]] = ()
 

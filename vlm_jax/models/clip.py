@@ -50,11 +50,14 @@ class VisionConfig(_Defaults):
     """Sizes of an image tower.
 
     Attributes:
+      width: of the hidden states.
+      depth: blocks.
       image_size: side in pixels. patch_size: side of a patch.
       num_heads: 0 is width // 64, as in every release.
       mlp_width: 0 is 4 * width.
       projection: width of the embedding shared with the text; 0 has no projection.
       activation: "quick_gelu" or "gelu".
+      norm_eps: added to the variance in norms.
       dtype: compute. param_dtype: storage.
       remat: "none", or "full": the backward pass keeps the inputs of blocks only.
     """

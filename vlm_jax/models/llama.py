@@ -37,12 +37,21 @@ class LlamaConfig:
     """Sizes and execution choices.
 
     Attributes:
+      vocab_size: ids, special ones included.
+      width: of the hidden states.
+      depth: blocks.
+      mlp_width: of a block's hidden layer.
+      num_heads: of attention.
       num_kv_heads: 0 is num_heads.
       head_width: 0 is width // num_heads.
+      rope_theta: base of the wave lengths of rotary positions.
+      rms_eps: added to the mean square in norms.
       max_tokens: context the network is trained for; not a limit of the code.
+      tie_embeddings: the head is the embedding table.
       dtype: compute. param_dtype: storage.
       remat: what the backward pass recomputes: 'none', 'full' (everything but the layer inputs),
         'dots' (everything but the results of matrix products).
+      scan_layers: blocks are one stacked array and one compiled loop.
       fused: decode layout, see the module docstring.
     """
 
