@@ -44,6 +44,7 @@ PROGRAM = {
     "progress",
     "console",
     "curves",
+    "describe",
     "starting_point",
     "stop_signal",
     "guards",

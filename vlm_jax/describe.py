@@ -28,7 +28,7 @@ _WIDTH = 100
 _MISSING = object()
 _TARGETS = ("Attributes:", "Args:")
 _MIXTURE = {
-    "type": "source: array_record, jsonl, tar, tfds, a module of vlm_jax/datasets, or a dotted name",
+    "type": "of the source: one of sources.TYPES, a module of vlm_jax/datasets, or a dotted name",
     "weight": "share of the rows, relative to the other sources",
 }
 _PRESET = "published sizes, which the other keys change"
@@ -288,16 +288,18 @@ def _all_sections() -> Iterator[tuple[str, list[Section]]]:
     kinds = [*sorted(sources.TYPES), *_modules("datasets")]
     kinds = [kind for kind in kinds if kind in sources.TYPES or _has(kind, "make_source")]
     readers = {kind: source_reader(kind) for kind in kinds}
-    yield "Sources of a mixture", [
-        _section(f'type="{kind}"', reader, rows_of(reader)) for kind, reader in readers.items()
-    ]
+    yield (
+        "Sources of a mixture",
+        [_section(f'type="{kind}"', reader, rows_of(reader)) for kind, reader in readers.items()],
+    )
     evaluators = {
         kind: importlib.import_module(f"vlm_jax.evaluators.{kind}").Evaluator
         for kind in _modules("evaluators")
     }
-    yield "Evaluators", [
-        _section(f'type="{kind}"', cls, rows_of(cls)) for kind, cls in evaluators.items()
-    ]
+    yield (
+        "Evaluators",
+        [_section(f'type="{kind}"', cls, rows_of(cls)) for kind, cls in evaluators.items()],
+    )
 
 
 def _of_system(name: str) -> Iterator[Section]:

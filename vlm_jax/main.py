@@ -3,6 +3,7 @@
     python -m vlm_jax.main --config=configs/lvm_3b.py:tiny --workdir=runs/lvm
     python -m vlm_jax.main --config=configs/lvm_3b.py --workdir=... --config.train.batch_size=64
     python -m vlm_jax.main --config=... --workdir=... --mode=evaluate
+    python -m vlm_jax.main --config=... --describe
 
 The same command run again continues from the newest good checkpoint. On several hosts, run it on
 every host: TPU pods, SLURM and MPI are found by themselves, elsewhere give --coordinator,
@@ -35,6 +36,9 @@ def main(argv=None):
     except KeyError as error:  # an override below a section that the recipe has not
         message = str(error.args[0]).replace("\n", ". ")
         _fail(f"unknown key in an override of --config: {message}")
+    if values.describe and values["config"].value is not None:
+        _describe(values.config)
+        return
     if values["config"].value is None or not values.workdir:
         _fail("both --config and --workdir are needed; --help shows the use")
 
@@ -58,6 +62,16 @@ def main(argv=None):
         _fail(f"{error}\n(set VLM_JAX_TRACE=1 for the trace)", status)
 
 
+def _describe(config):
+    from vlm_jax import config as config_lib
+    from vlm_jax import describe
+
+    try:
+        print(describe.text(config))
+    except (config_lib.ConfigError, OSError) as error:
+        _fail(str(error))
+
+
 def _define_flags(argv):
     values = flags.FlagValues()
     # Not locked: a recipe need not list every field. The dataclass that reads a section refuses
@@ -75,6 +89,8 @@ def _define_flags(argv):
     flags.DEFINE_string("workdir", None, text, flag_values=values)
     modes = ["train", "evaluate"]
     flags.DEFINE_enum("mode", "train", modes, "what to do", flag_values=values)
+    text = "print every key of the recipe with its value, type, default and meaning, and end"
+    flags.DEFINE_boolean("describe", False, text, flag_values=values)
     text = "host:port of process 0, the same on every host"
     flags.DEFINE_string("coordinator", None, text, flag_values=values)
     text = "number of processes, with --coordinator"
