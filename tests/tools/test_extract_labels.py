@@ -159,3 +159,113 @@ def test_command_line_with_workers(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("4 files done, 0 left alone, 8 captions, 8 labels")
     assert len(list((tmp_path / "labels" / "s").iterdir())) == 4
+
+
+def test_a_change_is_seen_whichever_way_the_clock_went(tmp_path):
+    shard = write_shard(tmp_path / "s" / "0.tar", ["A dog"])
+    extract(shard, tmp_path / "labels")
+    output = caption_shards.labels_file(tmp_path / "labels", shard)
+    write_shard(shard, ["A cat"])  # of the same size, and older than the labels
+    earlier = output.stat().st_mtime_ns - 10**12
+    os.utime(shard, ns=(earlier, earlier))
+    assert extract(shard, tmp_path / "labels").files == 1
+    assert lines_of(output) == [{"key": "0000", "labels": ["cat"]}]
+    assert extract(shard, tmp_path / "labels").left_alone == 1
+    write_shard(shard, ["A cat"] * 20)
+    os.utime(shard, ns=(earlier, earlier))
+    with pytest.raises(records.DataError, match="bytes, and had .* when its labels .* extract"):
+        caption_shards.CaptionShards(str(shard), labels=str(tmp_path / "labels"))
+    assert extract(shard, tmp_path / "labels").captions == 20
+
+
+def test_parts_of_an_earlier_content_are_not_joined(tmp_path, monkeypatch):
+    path = tmp_path / "captions.txt"
+    path.write_text("a dog\n" * 6)
+    original = extract_labels._extract
+
+    def dies_at_the_second(unit):
+        if unit.part:
+            raise KeyboardInterrupt
+        return original(unit)
+
+    monkeypatch.setattr(extract_labels, "_extract", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        extract(path, tmp_path / "labels", rows_per_part=3)
+    monkeypatch.setattr(extract_labels, "_extract", original)
+    path.write_text("a cat\n" * 6)
+    os.utime(path, ns=(1, 1))
+    assert extract(path, tmp_path / "labels", rows_per_part=3).captions == 6
+    target = caption_shards.labels_file(tmp_path / "labels", path)
+    assert [line["labels"] for line in lines_of(target)] == [["cat"]] * 6
+    assert [file.name for file in target.parent.iterdir()] == [target.name]
+
+
+def test_tables_and_their_column(tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_text("url,text\nx,a dog\ny,two cats\nz\n")
+    with pytest.raises(records.DataError, match="name its column"):
+        extract(path, tmp_path / "labels")
+    assert extract(path, tmp_path / "labels", column="text").bad == 1
+    found = lines_of(caption_shards.labels_file(tmp_path / "labels", path))
+    assert [line.get("labels") for line in found] == [["dog"], ["cat"], None]
+    # Another column is another content.
+    assert extract(path, tmp_path / "labels", column="url").files == 1
+
+
+def test_a_list_of_cc3m(tmp_path):
+    path = tmp_path / "Train.tsv"
+    path.write_text("a dog\thttps://cats.example/sofa.jpg\n")
+    extract(path, tmp_path / "labels")
+    (line,) = lines_of(caption_shards.labels_file(tmp_path / "labels", path))
+    assert line["labels"] == ["dog"]
+
+
+def run(capsys, path, folder):
+    code = extract_labels.main(
+        [f"--path={path}", f"--to={folder}", "--workers=0", "--tagger=textblob"]
+    )
+    return code, capsys.readouterr().err
+
+
+def test_status_1_when_nothing_could_be_read(tmp_path, capsys):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    code, said = run(capsys, tmp_path / "a.parquet", tmp_path / "l")
+    assert code == 1 and "ends in none of .tar" in said
+    (tmp_path / "a.tsv").write_text("no tabs\nat all\n")
+    code, said = run(capsys, tmp_path / "a.tsv", tmp_path / "l")
+    assert code == 1 and "a.tsv:1: no tab" in said
+    assert "not one caption could be read of 1 files; the first: " in said
+    (tmp_path / "b.txt").write_text("")
+    assert run(capsys, tmp_path / "b.txt", tmp_path / "l")[0] == 1
+
+
+def test_empty_captions_and_names_that_occur_twice_are_said(tmp_path, capsys):
+    shard = write_shard(tmp_path / "s" / "0.tar", ["", " "])
+    with tarfile.open(shard, "a") as tar:
+        member = tarfile.TarInfo("0000.txt")
+        tar.addfile(member, io.BytesIO())
+    code, said = run(capsys, shard, tmp_path / "l")
+    assert code == 0 and "warning: none of 2 captions gave a label" in said
+    assert "0.tar:0000.txt: the name occurs twice in the shard" in said
+
+
+def test_a_sample_without_text_is_bad_in_both_ways_of_reading(tmp_path):
+    from vlm_jax.systems.nxtp import labels
+
+    shard = write_shard(tmp_path / "s" / "0.tar", ["A dog", "A cat"])
+    with tarfile.open(shard, "a") as tar:
+        tar.addfile(tarfile.TarInfo("0002.jpg"), io.BytesIO())
+    assert extract(shard, tmp_path / "labels").bad == 1
+    with_labels = caption_shards.CaptionShards(str(shard), labels=str(tmp_path / "labels"))
+    with pytest.raises(records.BadRecordError, match="no txt among"):
+        with_labels[2]
+    with pytest.raises(records.BadRecordError, match="has no text"):
+        labels.of_record(caption_shards.CaptionShards(str(shard))[2])
+
+
+def test_labels_stay_in_their_folder(tmp_path):
+    write_shard(tmp_path / "deep" / "0.tar", ["A dog"])
+    (tmp_path / "deep" / "er").mkdir()
+    extract(tmp_path / "deep" / "er" / ".." / "0.tar", tmp_path / "out" / "labels")
+    assert (tmp_path / "out" / "labels" / "deep" / "0.tar.jsonl").is_file()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["labels"]
