@@ -1,16 +1,18 @@
 """One training step of LLaMA: forward and backward, and with the AdamW update.
 
-    python benchmarks/llama_train_step.py                        # CPU: against transformers + torch
-    python benchmarks/llama_train_step.py --preset lvm_3b --tokens 4096 --batch 4   # GPU: MFU
+    python benchmarks/llama_train_step.py                     # against transformers + torch
+    python benchmarks/llama_train_step.py --preset lvm_1b --attention cudnn xla --alone    # GPU
 
 CPU: float32 on both sides, and torch with bfloat16 autocast, whose matrix products the processor
 does natively and XLA does not; same weights, same loss, in turns, in one process. GPU: bfloat16
-compute, float32 parameters and moments, donated; model FLOP utilisation of the stated peak with
-both ways of counting attention (all scores, or the half that a causal mask leaves; recomputed
-FLOPs never count). On a machine that others use, pin one core and read the CPU seconds.
+compute (torch: autocast, fused attention, not compiled), float32 parameters and moments, donated;
+model FLOP utilisation of the stated peak with both ways of counting attention (all scores, or the
+half that a causal mask leaves; recomputed FLOPs never count). On a machine that others use, pin one
+core and read the CPU seconds.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 
@@ -23,7 +25,7 @@ import optax
 from vlm_jax import hardware
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
-from vlm_jax.ops import losses
+from vlm_jax.ops import attention, losses
 
 
 def make_loss(cfg, chunk):
@@ -72,17 +74,19 @@ def ours(cfg, params, tokens, targets, chunk):
     return lambda: gradient(params, tokens, targets)[0], step
 
 
-def theirs(cfg, params, tokens, targets, autocast):
+def theirs(cfg, params, tokens, targets, autocast, device="cpu"):
     import torch
     from llama_decode import torch_model
 
-    model = torch_model(cfg, params, train=True)
-    tokens, targets = (torch.tensor(np.asarray(x), dtype=torch.long) for x in (tokens, targets))
+    model = torch_model(cfg, params, train=True, device=device)
+    tokens, targets = (
+        torch.tensor(np.asarray(x), dtype=torch.long, device=device) for x in (tokens, targets)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1)
 
     def forward_backward():
         model.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             logits = model(tokens, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         loss.backward()
@@ -93,7 +97,7 @@ def theirs(cfg, params, tokens, targets, autocast):
         optimizer.step()
         return value
 
-    return forward_backward, step
+    return machine.on_torch(forward_backward), machine.on_torch(step)
 
 
 def on_cpu(cfg, args, params, tokens, targets):
@@ -137,33 +141,64 @@ def on_cpu(cfg, args, params, tokens, targets):
         )
 
 
+@contextlib.contextmanager
+def attention_is(implementation):
+    """Every call of `attention.attend` that is traced inside uses this one; None lets it choose."""
+    genuine = attention.choose
+    if implementation:
+        attention.choose = lambda *args, **kwargs: implementation
+    try:
+        yield
+    finally:
+        attention.choose = genuine
+
+
 def on_accelerator(cfg, args, params, tokens, targets):
-    peak = hardware.peak_flops(jax.devices()[0])
-    both = ours(cfg, params, tokens, targets, args.chunk)
-    rows = []
-    for run, name in zip(both, ("forward + backward", "with AdamW")):
-        if name == "with AdamW" and args.skip_update:
-            continue
-        jax.block_until_ready(run())
-        t = machine.take_turns({name: run}, args.rounds)[name]
-        row = {"step": name, "s": f"{t.wall_s:.3f}"}
-        count = args.batch * args.tokens
-        row["tokens/s"] = f"{count / t.wall_s:.0f}"
-        for half, label in ((True, "causal-half"), (False, "full")):
-            rate = llama.flops_per_token(cfg, args.tokens, half) * count / t.wall_s
-            row[f"TFLOP/s {label}"] = f"{rate / 1e12:.0f}"
-            row[f"MFU {label}"] = f"{rate / peak:.1%}" if peak else "peak unknown"
-        rows.append(row)
+    reached = machine.product_rate()
+    print(f"a bfloat16 product runs at {reached / 1e12:.0f} TFLOP/s", flush=True)
+    own = functools.partial(ours, cfg, chunk=args.chunk)
+    programs = {f"vlm_jax, {name} attention": (name, own) for name in args.attention}
+    programs = programs or {"vlm_jax": (None, own)}
+    if not args.alone and machine.has_cuda_torch():
+        rival = functools.partial(theirs, cfg, autocast=True, device="cuda")
+        programs["torch autocast, fused attention"] = None, rival
+    rows, expected = [], None
+    for name, (implementation, make) in programs.items():
+        both = make(params=jax.tree.map(jnp.copy, params), tokens=tokens, targets=targets)
+        for run, step in zip(both, ("forward + backward", "with AdamW")):
+            if step == "with AdamW" and args.skip_update:
+                continue
+            with attention_is(implementation):
+                loss = float(run())
+            expected = expected or loss
+            assert abs(loss / expected - 1) < 5e-3, f"{name}: loss {loss:.5f}, not {expected:.5f}"
+            wall = machine.take_turns({step: run}, args.rounds)[step].wall_s
+            row = {"program": name, "step": step, "loss": f"{loss:.5f}"}
+            rows.append(machine.note({**row, **utilisation(cfg, args, wall, reached)}))
+        del both, run  # parameters and moments, before the next program needs its own
     print(f"\n{args.preset}, {args.batch} x {args.tokens} tokens, remat {args.remat}")
     machine.print_table(rows)
     stats = jax.devices()[0].memory_stats() or {}
-    print(f"peak memory {stats.get('peak_bytes_in_use', 0) / 2**30:.1f} GiB")
+    print(f"peak memory of jax {stats.get('peak_bytes_in_use', 0) / 2**30:.1f} GiB")
+
+
+def utilisation(cfg, args, wall, reached):
+    """Speed of a step that takes `wall` seconds, as a share of the stated and the reached peak."""
+    count = args.batch * args.tokens
+    row = {"s": f"{wall:.4f}", "tokens/s": f"{count / wall:.0f}"}
+    peak = hardware.peak_flops(jax.devices()[0])
+    for half, label in ((True, "causal-half"), (False, "full")):
+        rate = llama.flops_per_token(cfg, args.tokens, half) * count / wall
+        row[f"TFLOP/s {label}"] = f"{rate / 1e12:.0f}"
+        row[f"MFU {label}"] = f"{rate / peak:.1%}" if peak else "peak unknown"
+        row[f"of a product, {label}"] = f"{rate / reached:.1%}"
+    return row
 
 
 def main():
     cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="lvm_300m" if cpu else "lvm_1b")
+    parser.add_argument("--preset", default="lvm_300m", choices=sorted(llama.PRESETS))
     parser.add_argument("--tokens", type=int, default=1024 if cpu else 4096)
     parser.add_argument("--batch", type=int, default=1 if cpu else 4)
     parser.add_argument("--rounds", type=int, default=3 if cpu else 10)
@@ -172,6 +207,8 @@ def main():
     parser.add_argument("--unrolled", action="store_true", help="GPU: layers in a loop, no scan")
     parser.add_argument("--skip_update", action="store_true", help="forward + backward only")
     parser.add_argument("--jax_bfloat16", action="store_true", help="CPU: also our own bfloat16")
+    parser.add_argument("--alone", action="store_true", help="GPU: without torch")
+    parser.add_argument("--attention", nargs="*", default=[], help="GPU: compare implementations")
     args = parser.parse_args()
 
     cfg = dataclasses.replace(

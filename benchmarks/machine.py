@@ -1,7 +1,8 @@
-"""What the benchmarks share: taking turns, tables, the machine in words, its memory bandwidth."""
+"""What the benchmarks share: taking turns, tables, the machine in words, and its ceilings."""
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import platform
@@ -40,12 +41,14 @@ def take_turns(runs, rounds):
     return times
 
 
-def read_bandwidth(gib=1.0):
+def read_bandwidth():
     """Bytes per second when reading an array once: the best of a sum and of products with a vector.
 
-    The array is float32 and far larger than any cache.
+    The array is float32 and far larger than any cache; on accelerators large enough to hide what a
+    call costs.
     """
-    x = jnp.ones((int(gib * 2**28) // 4096, 4096), jnp.float32)
+    gib = 1 if jax.default_backend() == "cpu" else 8
+    x = jnp.ones((gib * 2**16, 4096), jnp.float32)
     v = jnp.ones(4096, jnp.float32)
     add, multiply = jax.jit(jnp.sum), jax.jit(jnp.dot)
     runs = {"sum": lambda: add(x), "product": lambda: multiply(x, v)}
@@ -59,9 +62,48 @@ def read_bandwidth(gib=1.0):
     return x.nbytes / min(t.wall_s for t in take_turns(runs, 5).values())
 
 
+def product_rate(side=8192):
+    """FLOP/s of a bfloat16 product of two square matrices of random numbers."""
+    a, b = (jax.random.normal(jax.random.key(i), (side, side), jnp.bfloat16) for i in (0, 1))
+    multiply = jax.jit(jnp.dot)
+    # One call is shorter than the time it takes to see its end.
+    run = lambda: [multiply(a, b) for _ in range(10)]  # noqa: E731
+    jax.block_until_ready(run())
+    return 10 * 2 * side**3 / take_turns({"": run}, 5)[""].wall_s
+
+
+def has_cuda_torch():
+    """Whether torch is installed and sees the GPU that jax runs on."""
+    if jax.default_backend() != "gpu" or importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def on_torch(run):
+    """`run`, waiting until the GPU is done: torch's calls return before, and jax cannot see it."""
+
+    def wait(*args):
+        import torch
+
+        result = run(*args)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return result
+
+    return wait
+
+
+def note(row):
+    """Prints a row as soon as it is known, so that a program cut short has shown it; returns it."""
+    print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    return row
+
+
 def print_table(rows):
-    """A Markdown table of dicts with the same keys."""
-    columns = list(rows[0])
+    """A Markdown table of dicts; columns in the order in which they first appear."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
     width = {c: max(len(c), *(len(str(row.get(c, ""))) for row in rows)) for c in columns}
     line = lambda cells: "| " + " | ".join(s.ljust(width[c]) for c, s in cells) + " |"  # noqa: E731
     print(line([(c, c) for c in columns]))

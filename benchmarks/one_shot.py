@@ -284,14 +284,8 @@ def alone(cfg, ks, batches, rounds):
             run(image)
             times = machine.take_turns({"vlm_jax": functools.partial(run, image)}, rounds)
             wall = times["vlm_jax"].wall_s
-            rows.append(
-                {
-                    "k": k,
-                    "batch": batch,
-                    "ms": f"{wall * 1e3:.1f}",
-                    "images/s": f"{batch / wall:.1f}",
-                }
-            )
+            row = {"k": k, "batch": batch, "ms": f"{wall * 1e3:.1f}"}
+            rows.append(machine.note({**row, "images/s": f"{batch / wall:.1f}"}))
     machine.print_table(rows)
 
 
