@@ -42,7 +42,7 @@ class Outcome:
 
 # The most telling first: with little time the last ones are left out.
 GPU = (
-    Program("train 300M", "llama_train_step.py --batch 8 --tokens 2048 --remat none", 75),
+    Program("train 300M", "llama_train_step.py --batch 4 --tokens 2048 --remat none", 75),
     Program("decode 300M", "llama_decode.py", 75),
     Program("VQGAN", "vqgan.py --batches 64 16", 75),
     Program("one-shot labels", "one_shot.py --k 10", 75),
