@@ -140,7 +140,7 @@ def rows_seen(saved: Mapping[str, Any], step: int, batch_size: int) -> int:
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, Mapping) and (values or not prefix):
+    if isinstance(values, Mapping):
         flat: dict[str, Any] = {}
         for key, value in values.items():
             flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
