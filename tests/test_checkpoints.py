@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from vlm_jax import checkpoints, commit_marker
 
@@ -165,6 +166,103 @@ def test_no_checkpoint_at_all(tmp_path, capfd):
     assert capfd.readouterr().err == ""
     with pytest.raises(checkpoints.CheckpointError, match="no good checkpoint"):
         checkpoints.load_params(tmp_path)
+
+
+def test_odd_neighbours_are_left_alone(tmp_path, capfd):
+    folder = _save(tmp_path, 10)
+    for name in ("²", "٣", "007", "1_0", "-5", "1e3", "notes"):
+        (folder / name).mkdir()
+    for name in ("12", "٤"):
+        (folder / name).write_text("a file")
+    (folder / "14").symlink_to(tmp_path / "nowhere")
+    names = {path.name for path in folder.iterdir()}
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        assert saver.latest_good() == 10
+        assert checkpoints.find(tmp_path).number == 10
+        assert capfd.readouterr().err == ""
+        for step in (12, 14):  # what stands in the way of a save is kept beside it
+            saver.save(step, _state(step), {})
+    assert (folder / "rejected-12-0").read_text() == "a file"
+    assert (folder / "rejected-14-0").is_symlink()
+    assert names <= {path.name for path in folder.iterdir()}
+    assert checkpoints.find(tmp_path).number == 14
+
+
+def test_a_renamed_step_is_not_continued(tmp_path, capfd):
+    folder = _save(tmp_path, 10, 20)
+    (folder / "20").rename(folder / "30")
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        assert saver.latest_good() == 10
+    assert "says in its meta.json that it is step 20" in capfd.readouterr().err
+    with pytest.raises(checkpoints.CheckpointError, match="is step 20; it was renamed"):
+        checkpoints.load_params(folder / "30")
+    (folder / "30").rename(tmp_path / "best")  # a name that is no number says nothing
+    _equal(checkpoints.load_params(tmp_path / "best"), _state(20)["params"])
+
+
+def test_values_that_are_not_finite_are_passed_over(tmp_path, capfd):
+    bad = _state(20)
+    bad["params"]["layers"]["1"]["scale"] = jnp.array([1.0, jnp.nan, 1.0])
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        saver.save(10, _state(10), {})
+        saver.save(20, bad, {})
+        with pytest.raises(checkpoints.NotFiniteError, match="step 30 .*1 of 6.*layers/1/scale"):
+            saver.save(30, bad, {}, must_be_finite=True)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["10", "20"]
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        assert saver.latest_good() == 10
+    assert "not finite, in params/layers/1/scale" in capfd.readouterr().err
+    _equal(checkpoints.load_params(tmp_path), _state(10)["params"])
+    with pytest.raises(checkpoints.CheckpointError, match="not finite"):
+        checkpoints.load_params(tmp_path / "checkpoints" / "20")
+
+
+def _without_record(folder):
+    """As a checkpoint was saved before non-finite values were noted."""
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["nonfinite"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    commit_marker.commit(epath.Path(folder))
+
+
+def test_older_checkpoints_are_looked_at_when_they_are_read(tmp_path, capfd):
+    bad = _state(20)
+    bad["params"]["table"] = bad["params"]["table"].at[0, 0].set(jnp.inf)
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        saver.save(10, _state(10), {})
+        saver.save(20, bad, {})
+    for step in (10, 20):
+        _without_record(tmp_path / "checkpoints" / str(step))
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        assert saver.latest_good() == 10
+    assert "not finite, in params/table" in capfd.readouterr().err
+    assert checkpoints.find(tmp_path).number == 10
+
+
+@pytest.mark.parametrize("name", ["COMMIT.json", "meta.json"])
+def test_json_of_any_kind_is_passed_over(tmp_path, name, capfd):
+    folder = _save(tmp_path, 10, 20)
+    for content in ("[" * 100_000, "null", "[1]", '{"files": {"../10/meta.json": 1}}', "{}"):
+        (folder / "20" / name).write_text(content)
+        if name == "meta.json":
+            (folder / "20" / "COMMIT.json").unlink()
+            commit_marker.commit(epath.Path(folder / "20"))
+        assert checkpoints.Checkpointer(tmp_path).latest_good() == 10, content
+        said = capfd.readouterr().err
+        assert said.startswith("checkpoints: checkpoint of step 20 is not used") and len(said) < 600
+
+
+def test_the_average_is_what_is_loaded(tmp_path):
+    state = _state(1)
+    scale = {"layers/1/scale": 5 * jnp.ones(3)}  # one parameter that learns
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        saver.save(1, {**state, "ema": scale}, {})
+    averaged = checkpoints.load_params(tmp_path)
+    np.testing.assert_array_equal(averaged["layers"]["1"]["scale"], 5)
+    np.testing.assert_array_equal(averaged["table"], state["params"]["table"])
+    abstract = jax.eval_shape(lambda: state["params"])
+    _equal(checkpoints.load_params(tmp_path, abstract), averaged)
+    _equal(checkpoints.load_params(tmp_path, averaged=False), state["params"])
 
 
 def test_what_a_killed_save_left_makes_way(tmp_path, capfd):

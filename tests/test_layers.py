@@ -31,6 +31,8 @@ PROGRAM = {
     "recipes",
     "run",
     "train",
+    "update",
+    "workdir_files",
     "evaluate",
     "evaluate_alone",
     "optim",

@@ -3,8 +3,11 @@
 import shutil
 import sys
 import time
+from typing import Any
 
 import jax
+
+from vlm_jax import hardware
 
 _PLAIN_EVERY_S = 10.0
 
@@ -113,6 +116,24 @@ class Progress:
                 parts.append(f"MFU {100 * speed['speed/mfu']:.1f}%")
             parts.append(f"ETA {_clock((self._total - step) / rate)}")
         return "  ".join(parts)
+
+
+def of_run(task: Any, batch: Any, start: int, config: Any, mesh: Any) -> Progress:
+    """The progress of a run of `train.TrainConfig`, in what the task counts, with its FLOPs."""
+    shapes = {
+        key: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
+        for key, x in batch.arrays.items()
+    }
+    units = getattr(task, "units_per_step", lambda b: ("rows", float(config.batch_size)))(shapes)
+    flops = getattr(task, "flops_per_step", lambda b: 0.0)(shapes)
+    peak = hardware.peak_flops(jax.devices()[0])
+    return Progress(
+        start=start,
+        total=config.steps,
+        units=units,
+        flops_per_step=flops,
+        peak_flops=peak * mesh.size if peak else None,
+    )
 
 
 def _short(number: float) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from vlm_jax import evaluate, metric_writer, progress
 
@@ -34,7 +36,10 @@ def due(
 def missing(
     evaluations: Sequence[evaluate.Evaluation], workdir: pathlib.Path, step: int
 ) -> list[evaluate.Evaluation]:
-    """Those that metrics.jsonl tells no scores of at `step`: interrupted, failed, or new."""
+    """Those that metrics.jsonl tells no scores of at `step`: interrupted, failed, or new.
+
+    Collective: all processes go by what process 0 reads.
+    """
     told = {
         tuple(key.split("/")[:2])
         for entry in metric_writer.read(workdir)
@@ -42,7 +47,10 @@ def missing(
         for key in entry
         if not key.endswith("/failed")
     }
-    return [evaluation for evaluation in evaluations if ("eval", evaluation.name) not in told]
+    lacking = np.array([("eval", evaluation.name) not in told for evaluation in evaluations])
+    if jax.process_count() > 1:
+        lacking = multihost_utils.broadcast_one_to_all(lacking)
+    return [each for each, lacks in zip(evaluations, lacking, strict=True) if lacks]
 
 
 class Scorer:

@@ -11,25 +11,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
-import math
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from etils import epath
 
 from vlm_jax import (
     checkpoints,
-    commit_marker,
     curves,
     guards,
-    hardware,
     metric_writer,
     optim,
     progress,
@@ -38,10 +31,11 @@ from vlm_jax import (
     sharding,
     starting_point,
     stop_signal,
+    update,
+    workdir_files,
 )
 from vlm_jax import evaluate as evaluate_lib
 from vlm_jax.data import pipeline
-from vlm_jax.nn import functional
 from vlm_jax.ops import partition
 
 
@@ -100,68 +94,10 @@ class TrainingStopped(RuntimeError):
     """A loss, gradient or parameter is not finite, or a guard tripped; with step and remedy."""
 
 
-def make_train_step(task: Any, optimizer: optax.GradientTransformation, recipe: Any) -> Callable:
-    """(state, batch, rng) -> (state, metrics). Metrics are of the parameters before the update."""
-    settings = recipe.optim
-    schedule = optim.make_schedule(settings, recipe.train.steps)
-    loss_at = getattr(task, "loss_at", lambda *args, step: task.loss(*args))
-    after_update = getattr(task, "after_update", None)
-
-    def train_step(state, batch, rng):
-        learned, frozen = optim.split(state["params"], settings.trainable)
-        rng = jax.random.fold_in(rng, state["step"])
-
-        def loss_and_grad(piece, index):
-            def loss_fn(learned):
-                params = optim.merge(learned, frozen)
-                key = jax.random.fold_in(rng, index)
-                return loss_at(params, piece, key, step=state["step"])
-
-            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(learned)
-            return grads, {"loss": loss, **metrics}
-
-        grads, metrics = optim.accumulate(loss_and_grad, batch, recipe.train.accumulate)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], learned)
-        learned = optax.apply_updates(learned, updates)
-        new = {
-            "step": state["step"] + 1,
-            "params": optim.merge(learned, frozen),
-            "opt_state": opt_state,
-        }
-        if settings.ema:
-            new["ema"] = optax.incremental_update(learned, state["ema"], 1 - settings.ema)
-        if after_update:
-            new = after_update(new, batch, jax.random.fold_in(rng, recipe.train.accumulate))
-        metrics["optim/grad_norm"] = optax.tree.norm(grads)
-        metrics["optim/param_norm"] = optax.tree.norm(learned)
-        metrics["optim/lr"] = schedule(state["step"])
-        return new, metrics
-
-    return train_step
-
-
-def init_state(task: Any, optimizer: Any, recipe: Any, rng: jax.Array) -> dict[str, Any]:
-    """Random parameters and a fresh optimizer. Pure, so that it can be traced or jitted."""
-    params = task.init(rng)
-    step = jnp.zeros((), jnp.int32)
-    return {"step": step, "params": params, **fresh_optimizer(params, optimizer, recipe)}
-
-
-def fresh_optimizer(params: Any, optimizer: Any, recipe: Any) -> dict[str, Any]:
-    """What a state has besides its parameters: "opt_state" and, with averaging, "ema"."""
-    learned, _ = optim.split(params, recipe.optim.trainable)
-    fresh = {"opt_state": optimizer.init(learned)}
-    if recipe.optim.ema:
-        fresh["ema"] = jax.tree.map(jnp.copy, learned)
-    return fresh
-
-
-def state_shardings(mesh: Any, task: Any, abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """Where every leaf of the state lives; moments lie with their parameters."""
-    params = sharding.of_params(mesh, task.sharding_rules, abstract["params"])
-    flat = functional.flatten(params)
-    rest = {key: value for key, value in abstract.items() if key != "params"}
-    return {"params": params, **sharding.like_params(mesh, rest, flat)}
+# The update and its state, under the names that systems know.
+make_train_step = update.make_train_step
+init_state = update.init_state
+state_shardings = update.state_shardings
 
 
 def fit(
@@ -236,6 +172,7 @@ class _Run:
 
     def find_start(self, make) -> None:
         """The step and row to go on from, and what has changed since they were saved."""
+        workdir_files.check(self.workdir)
         self.start = self.step = self.saver.latest_good() or 0
         self.start_row = 0
         if not self.start:
@@ -317,16 +254,15 @@ class _Run:
             )
             self.state["params"] = params
             if self.recipe.optim.ema:
-                learned, _ = optim.split(params, self.recipe.optim.trainable)
-                self.state["ema"] = jax.tree.map(jnp.copy, learned)
-        _say(_describe(self.abstract, self.recipe, self.mesh))
+                self.state["ema"] = update.start_average(params, self.recipe)
+        _say(update.describe(self.abstract, self.recipe, self.mesh))
 
     def _random_state(self):
         key = jax.random.fold_in(self.rng, 0)
         return init_state(self.task, self.optimizer, self.recipe, key)
 
     def _fresh_optimizer(self, params):
-        return fresh_optimizer(params, self.optimizer, self.recipe)
+        return update.fresh_optimizer(params, self.optimizer, self.recipe)
 
     def compile(self, step_fn) -> None:
         """The update, and the key that it is given."""
@@ -349,17 +285,17 @@ class _Run:
     def open_outputs(self) -> None:
         """From here on the workdir is written: every check has passed."""
         config, closing = self.config, self.closing
-        if jax.process_index() == 0:
-            _write_config(self.workdir, self.meta)
-            if self.start and not (self.workdir / metric_writer.FILE).exists():
-                _say(f"there is no {metric_writer.FILE}: it begins after step {self.start}")
-            closing.callback(curves.draw, self.workdir)
+        if self.start and not (self.workdir / metric_writer.FILE).exists():
+            _say(f"there is no {metric_writer.FILE}: it begins after step {self.start}")
         self.writer = closing.enter_context(
             metric_writer.MetricWriter(
                 self.workdir, self.start, tensorboard=config.tensorboard, wandb=config.wandb
             )
         )
-        bar = _make_bar(self.task, self.first, self.start, config, self.mesh)
+        if jax.process_index() == 0:
+            workdir_files.write_config(self.workdir, self.meta)
+            closing.callback(curves.draw, self.workdir)
+        bar = progress.of_run(self.task, self.first, self.start, config, self.mesh)
         self.bar = closing.enter_context(contextlib.closing(bar))
         self.scorer = scores.Scorer(
             evaluate_lib.Runner(
@@ -471,55 +407,8 @@ class _Run:
     def evaluate(self, evaluations) -> None:
         """Scores the parameters of this step."""
         if evaluations:
-            params = averaged(self.state, self.recipe)
+            params = update.averaged(self.state, self.recipe)
             self.last.update(self.scorer(self.step, evaluations, params))
-
-
-def averaged(state: Mapping[str, Any], recipe: Any) -> Any:
-    """The parameters to evaluate: the moving average where there is one."""
-    if not recipe.optim.ema:
-        return state["params"]
-    _, frozen = optim.split(state["params"], recipe.optim.trainable)
-    return optim.merge(state["ema"], frozen)
-
-
-def _write_config(workdir: pathlib.Path, meta: Mapping[str, Any]) -> None:
-    """config.json, for people: what counts is the copy in every checkpoint."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(meta, indent=1, default=str)
-    commit_marker.write_durably(epath.Path(workdir) / "config.json", text)
-
-
-def _describe(abstract: Any, recipe: Any, mesh: Any) -> str:
-    learned, frozen = optim.split(abstract["params"], recipe.optim.trainable)
-    count = {
-        k: sum(math.prod(x.shape) for x in v.values())
-        for k, v in (("learned", learned), ("frozen", frozen))
-    }
-    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
-    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    return (
-        f"{count['learned']:,} parameters learn, {count['frozen']:,} are frozen; "
-        f"state {size / 2**30:.2f} GiB over {mesh.size} {jax.devices()[0].device_kind} "
-        f"({shape}), {jax.process_count()} processes"
-    )
-
-
-def _make_bar(task: Any, batch: Any, start: int, config: TrainConfig, mesh: Any) -> Any:
-    shapes = {
-        key: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype)
-        for key, x in batch.arrays.items()
-    }
-    units = getattr(task, "units_per_step", lambda b: ("rows", float(config.batch_size)))(shapes)
-    flops = getattr(task, "flops_per_step", lambda b: 0.0)(shapes)
-    peak = hardware.peak_flops(jax.devices()[0])
-    return progress.Progress(
-        start=start,
-        total=config.steps,
-        units=units,
-        flops_per_step=flops,
-        peak_flops=peak * mesh.size if peak else None,
-    )
 
 
 def _say(message: str) -> None:
