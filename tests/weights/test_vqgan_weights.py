@@ -8,7 +8,7 @@ import pytest
 
 from vlm_jax.models import vqgan as model
 from vlm_jax.nn import functional
-from vlm_jax.weights import convert, export, readers, vqgan
+from vlm_jax.weights import convert, export, readers, shipped, vqgan
 
 VARIANTS = [("vqgan", "vq"), ("vqgan_attn", "vqattn")]
 
@@ -103,8 +103,9 @@ def test_configs_that_are_refused(tmp_path, golden_lvm):
 def test_names_that_come_with_the_package(tmp_path, golden_lvm, monkeypatch):
     cfg = vqgan.config_from_hf(config_of(golden_lvm, "vqgan"))
     params = vqgan.from_hf(readers.read(golden_lvm / "vqgan.safetensors"), cfg)
-    export.write(tmp_path, export.native("vqgan", params, cfg, "float16"))
-    monkeypatch.setitem(vqgan.SHIPPED, "mini", str(tmp_path))  # an absolute path wins a join
+    folder = tmp_path / "assets" / "vqgan_mini"
+    export.write(folder, export.native("vqgan", params, cfg, "float16"))
+    monkeypatch.setattr(shipped.importlib.resources, "files", lambda package: tmp_path)
     got, back = vqgan.load("mini")
     assert got == cfg
     assert back["quant_conv"]["bias"].dtype == np.float32  # small on disk, float32 in use

@@ -23,6 +23,7 @@ ImageError = image_files.ImageError
 MAX_PIXELS, MAX_BYTES = image_files.MAX_PIXELS, image_files.MAX_BYTES
 decode = image_files.decode
 
+GREY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # of red, green, blue; upstream: its colorization script
 ENCODED = ("jpg", "jpeg", "png", "webp", "image")  # keys of records: tar shards, TFDS
 _KINDS = (
     "a path, a file:// or http(s):// URL, the bytes of a file, a PIL image, or an array [H, W] or "
@@ -198,7 +199,7 @@ def to_u8(image01: np.ndarray, *, truncate: bool = False) -> np.ndarray:
 
 def grey(image01: np.ndarray) -> np.ndarray:
     """Grey with the reference's weights, in three equal channels."""
-    value = image01 @ np.array([0.2989, 0.5870, 0.1140], np.float32)  # upstream: its script
+    value = image01 @ np.array(GREY_WEIGHTS, np.float32)
     return np.repeat(value[..., None], 3, axis=-1).astype(np.float32)
 
 

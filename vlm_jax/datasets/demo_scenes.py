@@ -55,7 +55,7 @@ class Scenes:
         """image_u8 uint8[S, S, 3], masks bool[n, S, S] of what is visible, labels of n."""
         rng = np.random.default_rng([self.seed, self.split == "heldout", index])
         wanted = int(rng.integers(1, self.things + 1))
-        image_u8 = _texture(self.split, self.size, rng)
+        image_u8 = texture(self.split, self.size, rng)
         owner = np.full((self.size, self.size), -1)
         labels, areas = [], []
         for number in range(wanted):
@@ -109,7 +109,8 @@ def _pick(split, rng) -> tuple[str, np.ndarray]:
     return label, by_label[label][int(rng.integers(len(by_label[label])))]
 
 
-def _texture(split, size, rng) -> np.ndarray:
+def texture(split: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A ground: a random square of the split's half of a texture, uint8[size, size, 3]."""
     name = _TEXTURES[int(rng.integers(len(_TEXTURES)))]
     whole = _load_texture(name)
     middle = whole.shape[1] // 2

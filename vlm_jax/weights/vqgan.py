@@ -6,14 +6,13 @@ Our paths are the upstream names with '/' for '.'; a convolution is (out, in, kh
 
 from __future__ import annotations
 
-import importlib.resources
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlm_jax.models import vqgan
 from vlm_jax.nn import functional
-from vlm_jax.weights import convert, errors, readers
+from vlm_jax.weights import convert, errors, readers, shipped
 
 
 def _weight(match) -> str:
@@ -83,15 +82,6 @@ def ignorable(cfg: vqgan.VqganConfig) -> tuple[str, ...]:
     return ()
 
 
-# Name -> folder of the package, in the native format.
-SHIPPED = {"tiny": "assets/vqgan_tiny"}
-
-
-def folder_of(path: str | os.PathLike) -> str | os.PathLike:
-    """The folder of a shipped tokenizer; other paths stay."""
-    return str(importlib.resources.files("vlm_jax") / SHIPPED[path]) if path in SHIPPED else path
-
-
 def load(
     path: str | os.PathLike, cfg: vqgan.VqganConfig | None = None, shardings=None
 ) -> tuple[vqgan.VqganConfig, dict[str, Any]]:
@@ -105,7 +95,7 @@ def load(
     Returns:
       (config, parameters).
     """
-    path = folder_of(path)
+    path = shipped.folder_of("vqgan", path)
     tensors = readers.read(path)
     cfg = cfg or config_of(tensors, path)
     return cfg, from_tensors(tensors, cfg, shardings)

@@ -9,7 +9,8 @@
 
 A record is {"tokens": ids, ...}: base64 text of little-endian int32 (the reference's JSONL), or
 those bytes themselves (our ArrayRecord, see datasets/visual_sentences.py). Its ids are whole
-images in raster order, without BOS and EOS.
+images in raster order, without BOS and EOS. `tokens_weights`, float32 per id, where a record has
+them, are factors of the weights.
 
 How images become sentences: `layouts.py`.
 """
@@ -75,7 +76,8 @@ class Formatter:
         for item, weight in self._items:
             ids = np.array([item], np.int32) if isinstance(item, int) else _ids(record, item)
             parts.append(ids)
-            weights.append(np.full(len(ids), weight, np.float32))
+            own = record.get(f"{item}_weights", 1.0)
+            weights.append(np.full(len(ids), weight, np.float32) * own)
         ids = np.concatenate(parts)
         outside = (ids < 0) | (ids >= self.vocab_size)
         if outside.any():

@@ -21,8 +21,9 @@ def make_task(model: Mapping[str, Any], **task: Any) -> LvmTask:
 
 
 def load_upstream(path: str, task: LvmTask) -> dict[str, Any]:
-    """Released or converted LLaMA weights as our parameters; see `weights.llama.load`."""
+    """Released, converted or shipped ("tiny") weights as parameters; see `weights.llama.load`."""
     from vlm_jax.weights import llama as llama_weights
+    from vlm_jax.weights import shipped
 
-    _, params = llama_weights.load(path, task.cfg)
+    _, params = llama_weights.load(shipped.folder_of("lvm", path), task.cfg)
     return params

@@ -3,6 +3,7 @@
 image01 ── encoder ── z ── nearest code ── ids ── codes ── decoder ── recon01
 """
 
+from vlm_jax.systems.vqgan.composed import prepare
 from vlm_jax.systems.vqgan.format import make_formatter
 from vlm_jax.systems.vqgan.task import VqganTask, make_task
 from vlm_jax.systems.vqgan.tokenizer import from_run, from_upstream, load_upstream
@@ -14,4 +15,5 @@ __all__ = [
     "load_upstream",
     "make_formatter",
     "make_task",
+    "prepare",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 from vlm_jax import image_tokenizer
 from vlm_jax.models import vqgan
 from vlm_jax.systems.vqgan.task import VqganTask
-from vlm_jax.weights import errors, readers
+from vlm_jax.weights import errors, readers, shipped
 from vlm_jax.weights import vqgan as vqgan_weights
 
 
@@ -18,7 +18,7 @@ def from_run(task: VqganTask, formatter: Any, params: Any) -> image_tokenizer.Im
 
 
 def from_upstream(checkpoint: str) -> image_tokenizer.ImageTokenizer:
-    """ "tiny" (shipped), a released tokenizer, or a folder of `tools.export_tokenizer`."""
+    """ "tiny" (shipped), a released tokenizer, or a folder of `tools.export_run`."""
     return image_tokenizer.ImageTokenizer.load(checkpoint)
 
 
@@ -31,7 +31,7 @@ def load_upstream(path: str, task: VqganTask) -> Any:
     Raises:
       WeightsError: the codebook there has another size than the model here.
     """
-    path = vqgan_weights.folder_of(path)
+    path = shipped.folder_of("vqgan", path)
     tensors = readers.read(path)
     try:
         found = vqgan_weights.config_of(tensors, path)

@@ -1,9 +1,11 @@
-r"""Turns a vqgan run into a small folder that recipes and `image_tokenizer` read.
+r"""Turns a run of vqgan or lvm into a small folder that `vlm_jax.load` and recipes read.
 
-    python -m vlm_jax.tools.export_tokenizer --workdir=runs/vqgan --to=my_tokenizer
+    python -m vlm_jax.tools.export_run --workdir=runs/vqgan --to=my_tokenizer
+    python -m vlm_jax.tools.export_run --workdir=runs/lvm --to=my_lvm
 
-Writes params.safetensors and config.json. Halving the precision moves a few ids to a neighbouring
-code: tokenize with the exported weights, never with the run and its export side by side.
+Writes params.safetensors and config.json. Halving the precision moves a few ids of a tokenizer to
+a neighbouring code: tokenize with the exported weights, never with the run and its export side by
+side. The folder of an lvm names its tokenizer, which stays where it is.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     console.tolerate_any_text()
     parser = argparse.ArgumentParser(
-        prog="export_tokenizer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="export_run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, help="of a run of the system vqgan")
+    parser.add_argument("--workdir", required=True, help="of a run of vqgan or lvm")
     parser.add_argument("--to", required=True, help="folder to write; holds no weights yet")
     parser.add_argument("--dtype", default="float16", choices=("float32", "bfloat16", "float16"))
     text = "the moving average where the run kept one; --no-averaged takes the raw parameters"
@@ -53,16 +55,23 @@ def export(
       CheckpointError: nothing good is there.
     """
     from vlm_jax import checkpoints
-    from vlm_jax.systems import vqgan
+    from vlm_jax import task as task_lib
     from vlm_jax.weights import export as export_lib
 
     step = checkpoints.find(workdir)
     recipe = step.config
-    if recipe["system"] != "vqgan":
-        raise ValueError(f"{workdir} is a run of the system {recipe['system']!r}, not 'vqgan'")
-    cfg = vqgan.make_task(recipe["model"], **recipe.get("task", {})).cfg
+    system = recipe["system"]
+    if system not in ("vqgan", "lvm"):
+        raise ValueError(f"{workdir} is a run of the system {system!r}, not of 'vqgan' or 'lvm'")
+    module = task_lib.resolve(system, "systems")
+    cfg = module.make_task(recipe["model"], **recipe.get("task", {})).cfg
     params = checkpoints.load_params(step, averaged=averaged)
-    return export_lib.write(folder, export_lib.native("vqgan", params, cfg, dtype))
+    exported = export_lib.native(system, params, cfg, dtype)
+    if system == "lvm":  # a tokenizer is its network, a language model has a task besides
+        exported.files["config.json"].update(
+            {key: recipe.get(key, {}) for key in ("task", "formatter")}
+        )
+    return export_lib.write(folder, exported)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""Visual sentences of equal length as one array on disk: `.npy`, uint16 or int32 [sentences, ids].
+
+For sentences that a program makes by the hundred thousand: nothing to parse, read where it lies.
+Where a sentence is pairs of question and answer, the questions can weigh less in the loss.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+
+import numpy as np
+
+from vlm_jax.data import records, sidecar
+
+
+class TokenTable:
+    """Random-access source of {"tokens": int32[ids], "tokens_weights": float32[ids], "id"}.
+
+    Args:
+      path: of the file.
+      tokens_per_image: ids of an image.
+      question_weight: weight in the loss of the first, third, ... image; the others weigh 1.
+
+    Raises:
+      DataError: no such file, or it holds no whole images.
+    """
+
+    def __init__(self, path: str, tokens_per_image: int, question_weight: float = 1.0):
+        self.path, self._size, self._weight = path, tokens_per_image, question_weight
+        try:
+            shape, dtype = self._table.shape, self._table.dtype
+        except (OSError, ValueError) as error:
+            raise records.DataError(f"{path}: {error}") from error
+        if len(shape) != 2 or shape[1] % tokens_per_image or dtype.kind not in "iu":
+            raise records.DataError(
+                f"{path}: {dtype}{list(shape)} is no table of ids with {tokens_per_image} an image"
+            )
+
+    def __getstate__(self):
+        return {key: x for key, x in self.__dict__.items() if key != "_table"}  # mapped again there
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> records.Record:
+        return {
+            "tokens": self._table[index].astype(np.int32),
+            "tokens_weights": self._weights,
+            "id": self.record_id(index),
+        }
+
+    def record_id(self, index: int) -> str:
+        """File and row."""
+        return f"{self.path}:{index}"
+
+    def fingerprint(self):
+        """Path, size and time of change."""
+        return sidecar.fingerprint([pathlib.Path(self.path)])
+
+    @functools.cached_property
+    def _table(self) -> np.ndarray:
+        return np.load(self.path, mmap_mode="r", allow_pickle=False)
+
+    @functools.cached_property
+    def _weights(self) -> np.ndarray:
+        images = np.ones(self._table.shape[1] // self._size, np.float32)
+        images[::2] = self._weight
+        return np.repeat(images, self._size)
+
+
+def make_source(**fields) -> TokenTable:
+    """For `type="token_table"` in a config."""
+    return TokenTable(**fields)

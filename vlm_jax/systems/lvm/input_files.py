@@ -1,0 +1,28 @@
+"""Token files that a recipe makes for itself; its section `prepare`."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from typing import Any
+
+from vlm_jax import config
+from vlm_jax.systems.lvm import composed, demo
+
+_KINDS = {"demo": demo.prepare, "composed": composed.prepare}
+
+
+def prepare(workdir: pathlib.Path, *, of: str = "demo", **fields: Any) -> None:
+    """Writes the token files of a run, unless they are there from the same arguments.
+
+    Args:
+      workdir: of the run.
+      of: "demo" (photos and video frames) or "composed" (scenes with tasks by example).
+      **fields: of `demo.prepare` or `composed.prepare`.
+
+    Raises:
+      ConfigError: unknown `of` or field. DataError: the photos cannot be had.
+    """
+    if of not in _KINDS:
+        raise config.ConfigError(f"prepare.of={of!r} is none of {', '.join(_KINDS)}")
+    config.call(functools.partial(_KINDS[of], workdir), fields, "prepare")
