@@ -95,8 +95,8 @@ def fit(config, workdir, seconds, probe, report, until=None):
     from vlm_jax import run
 
     name, evals, began = workdir.name, config.evals.to_dict(), time.monotonic()
-    # The schedule of the first updates does not matter, they are within the warm-up.
-    config.evals, config.train.save_every, config.optim.decay_steps = {}, 0, config.train.steps
+    config.evals, config.train.save_every = {}, 0
+    config.optim.decay_steps = config.train.steps  # as if they were as many as in the recipe
     config.train.steps, config.train.log_every = probe, max(1, probe // 3)
     run.run(config, workdir)
     speed = last(workdir, "speed/steps_per_s")
@@ -106,6 +106,7 @@ def fit(config, workdir, seconds, probe, report, until=None):
     say(f"{name}: {speed:.1f} updates a second; {steps} in all")
     config.train.steps, config.train.log_every = steps, max(1, steps // 60)
     config.train.save_every, config.optim.decay_steps = max(probe, int(45 * speed)), 0
+    config.optim.warmup_steps = min(config.optim.warmup_steps, steps // 4)
     config.evals = evals
     scores = run.run(config, workdir)
     report[name] = {

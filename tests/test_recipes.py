@@ -29,6 +29,7 @@ PARAMETERS = {  # counted from the upstream configurations
     "lvm_1b": 1_147_119_616,
     "lvm_3b": 3_274_742_400,
     "lvm_7b": 6_544_199_680,
+    "lvm_incontext": 5_100_800,
     "vqgan_f16": 146_244_675,
     # Without CLIP's temperature, which NXTP carries along unused.
     "nxtp_g3m": 1_783_838_720,
@@ -47,6 +48,7 @@ def read(name, tmp_path, *overrides):
 FORMS = [(name, form) for name in RECIPES for form in ("", ":tiny")]
 FORMS += [(name, form) for name in OWN for form in ("", ":released")]
 FORMS += [("vqgan_f16", ":decoder"), ("vqgan_f16", ":tiny_decoder")]
+FORMS += [("lvm_incontext", ":tokenizer")]
 FORMS += [("lvm_3b", ":small"), ("lvm_3b", ":reference")]
 
 
@@ -162,6 +164,7 @@ TINY = {
         "--config.prepare.crops=20",
         "--config.optim.warmup_steps=2",
     ],
+    "lvm_incontext": [f"--config.prepare.sentences.{kind}=8" for kind in ("mask", "colour")],
     "vqgan_f16": [],
     "vqgan_f16.py:tiny_decoder": [
         "--config.task.gan_start=2",

@@ -43,6 +43,12 @@ def test_field_language(fields, ids, weights):
     assert found[0].tolist() == ids and found[1].tolist() == weights
 
 
+def test_weights_of_the_record_are_factors():
+    record = {"tokens": IDS, "tokens_weights": np.array([0.5, 1, 0], np.float32), "more": IDS}
+    _, weights = make(fields="{tokens},[{tokens}],{more}").encode(record)
+    assert weights.tolist() == [0.5, 1, 0, 0, 0, 0, 1, 1, 1] and weights.dtype == np.float32
+
+
 def test_bos_id_zero_is_an_id():
     assert make(bos_id=0).encode({"tokens": IDS})[0][0] == 0
 

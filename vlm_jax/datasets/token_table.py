@@ -28,6 +28,8 @@ class TokenTable:
 
     def __init__(self, path: str, tokens_per_image: int, question_weight: float = 1.0):
         self.path, self._size, self._weight = path, tokens_per_image, question_weight
+        if tokens_per_image < 1:
+            raise records.DataError(f"tokens_per_image={tokens_per_image} must be at least 1")
         try:
             shape, dtype = self._table.shape, self._table.dtype
         except (OSError, ValueError) as error:
