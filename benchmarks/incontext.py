@@ -30,7 +30,7 @@ import numpy as np
 
 START = time.monotonic()
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-RESERVE = 60.0  # seconds for evaluations, exports and pictures
+RESERVE = 75.0  # seconds for evaluations, exports and pictures
 sys.path.insert(0, str(ROOT))
 
 

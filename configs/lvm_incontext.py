@@ -55,7 +55,7 @@ def full():
     )  # fmt: skip
     # Sentences are drawn at random already; shuffling them costs more than reading them.
     c.data = dict(
-        mixture=mixture(), packing="none", shuffle=False, num_threads=16, prefetch_batches=8
+        mixture=mixture(), packing="none", shuffle=False, num_threads=4, prefetch_batches=8
     )
     c.optim.update(lr=1.5e-3, end_lr=3e-5, warmup_steps=150)
     c.train.update(steps=3_000, batch_size=256, log_every=50, save_every=500)
@@ -112,7 +112,7 @@ def tokenizer():
     c.formatter.size = SIDE
     c.data = dict(
         mixture=dict(scenes=dict(type="picture_table", path="{workdir}/composed/pictures.npy")),
-        packing="none", shuffle=False, num_threads=16, prefetch_batches=8,
+        packing="none", shuffle=False, num_threads=4, prefetch_batches=8,
     )  # fmt: skip
     c.optim.update(lr=2e-3, warmup_steps=100)
     c.init.upstream = "tiny"

@@ -47,6 +47,9 @@ def test_weights_of_the_record_are_factors():
     record = {"tokens": IDS, "tokens_weights": np.array([0.5, 1, 0], np.float32), "more": IDS}
     _, weights = make(fields="{tokens},[{tokens}],{more}").encode(record)
     assert weights.tolist() == [0.5, 1, 0, 0, 0, 0, 1, 1, 1] and weights.dtype == np.float32
+    for wrong in ([1, 1], [1, 1, -1], [1, 1, np.nan], "abc"):
+        with pytest.raises(records.BadRecordError, match="'tokens_weights' is .* not 3 numbers"):
+            make().encode({"tokens": IDS, "tokens_weights": wrong})
 
 
 def test_bos_id_zero_is_an_id():

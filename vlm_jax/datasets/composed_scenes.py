@@ -27,7 +27,6 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,45 +56,48 @@ class Scenes:
     def __init__(self, split: str, *, side: int = 32, chunk: int = 64, seed: int = 0):
         self.side, self.chunk, self.seed = side, chunk, seed
         self._bank = jax.device_put(make_bank(split, seed))
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[str, Callable] = {}
 
     def draw(
-        self, kind: str, count: int, then: Callable | None = None, params: Any = None
+        self, kind: str, count: int, then: Callable[[jax.Array], jax.Array] | None = None
     ) -> Iterator[np.ndarray]:
         """The first `count` sentences of a kind, a chunk at a time.
 
         Args:
           kind: one of KINDS.
           count: of sentences.
-          then: (params, uint8[chunk, 8, side, side, 3]) -> array[chunk, ...], compiled with the
-            drawing: a tokenizer. None gives the images.
-          params: of `then`.
+          then: uint8[chunk, 8, side, side, 3] -> array[chunk, ...], on the device: a tokenizer.
+
+        Yields:
+          uint8[n, 8, side, side, 3], or what `then` makes of them.
 
         Raises:
           DataError: unknown kind.
         """
-        (function,) = self.compile([kind], then, params)
-        pending: list[tuple[int, Any]] = []
+        (function,) = self.compile([kind])
+        ahead = None  # one call, so that the device does not wait for the copy
         for start in range(0, count, self.chunk):
-            pending.append((start, function(params, self._bank, self._numbers(kind, start))))
-            if len(pending) > 1:  # one call ahead, so that the device does not wait for the copy
-                start, drawn = pending.pop(0)
-                yield np.asarray(drawn)
-        for start, drawn in pending:
-            yield np.asarray(drawn)[: count - start]
+            drawn = function(self._bank, self._numbers(kind, start))
+            drawn = then(drawn) if then else drawn
+            if ahead is not None:
+                yield np.asarray(ahead)
+            ahead = drawn
+        if ahead is not None:
+            yield np.asarray(ahead)[: count - start]
 
-    def compile(self, kinds: Iterable[str], then: Callable | None = None, params: Any = None):
+    def compile(self, kinds: Iterable[str]) -> list[Callable]:
         """The functions behind `draw`, compiled side by side; ahead of use, where time matters."""
         kinds = list(kinds)
         if unknown := sorted(set(kinds) - set(KINDS)):
             raise records.DataError(f"no scenes of kind {unknown}; known: {', '.join(KINDS)}")
 
         def one(kind):
-            if (kind, then) not in self._compiled:
-                function = jax.jit(functools.partial(self._chunk_of, kind, then))
-                lowered = function.lower(params, self._bank, self._numbers(kind, 0))
-                self._compiled[kind, then] = lowered.compile()
-            return self._compiled[kind, then]
+            if kind not in self._compiled:
+                lowered = jax.jit(functools.partial(self._chunk_of, kind)).lower(
+                    self._bank, self._numbers(kind, 0)
+                )
+                self._compiled[kind] = lowered.compile()
+            return self._compiled[kind]
 
         with concurrent.futures.ThreadPoolExecutor() as pool:
             return list(pool.map(one, kinds))
@@ -105,13 +107,12 @@ class Scenes:
         rng = np.random.default_rng([self.seed, list(KINDS).index(kind), start])
         return rng.random((self.chunk, _NUMBERS), np.float32)
 
-    def _chunk_of(self, kind, then, params, bank, numbers):
+    def _chunk_of(self, kind, bank, numbers):
         def sentence(row):
             return KINDS[kind](_Dice(row), bank, self.side)
 
         drawn = jax.vmap(sentence)(numbers)
-        images_u8 = jnp.round(jnp.clip(drawn, 0, 1) * 255).astype(jnp.uint8)
-        return then(params, images_u8) if then else images_u8
+        return jnp.round(jnp.clip(drawn, 0, 1) * 255).astype(jnp.uint8)
 
 
 class _Dice:
@@ -141,6 +142,7 @@ class _Dice:
         return self(count=count * each).reshape(count, each)
 
 
+@functools.cache
 def make_bank(split: str, seed: int = 0, crops: int = 1500) -> dict[str, np.ndarray]:
     """What scenes of one split are made of.
 

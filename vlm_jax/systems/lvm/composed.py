@@ -6,6 +6,7 @@ datasets/token_table.py.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -56,16 +58,18 @@ def prepare(
     encoder = image_tokenizer.ImageTokenizer.load(tokenizer, side=image_side)
     network = functional.Functional(lambda rngs: vqgan.Vqgan(encoder.cfg, rngs))
 
+    @jax.jit
     def to_ids(params, images_u8):
         image01 = images_u8.reshape(-1, *images_u8.shape[2:]) / jnp.float32(255)
         ids = network.bind(params).encode(image01)
         return ids.reshape(len(images_u8), -1).astype(jnp.uint16)
 
+    tokenize = functools.partial(to_ids, jax.device_put(encoder.params))
     scenes = composed_scenes.Scenes("train", side=image_side, chunk=chunk, seed=seed)
-    scenes.compile(sentences, to_ids, encoder.params)
+    scenes.compile(sentences)
     folder.mkdir(parents=True, exist_ok=True)
     for kind, count in sentences.items():
-        table = np.concatenate(list(scenes.draw(kind, count, to_ids, encoder.params)))
+        table = np.concatenate(list(scenes.draw(kind, count, tokenize)))
         partial = folder / f".{kind}.npy"
         np.save(partial, table)
         os.replace(partial, folder / f"{kind}.npy")

@@ -76,8 +76,9 @@ class Formatter:
         for item, weight in self._items:
             ids = np.array([item], np.int32) if isinstance(item, int) else _ids(record, item)
             parts.append(ids)
-            own = record.get(f"{item}_weights", 1.0)
-            weights.append(np.full(len(ids), weight, np.float32) * own)
+            weights.append(np.full(len(ids), weight, np.float32))
+            if f"{item}_weights" in record:
+                weights[-1] *= _weights(record, f"{item}_weights", len(ids))
         ids = np.concatenate(parts)
         outside = (ids < 0) | (ids >= self.vocab_size)
         if outside.any():
@@ -139,6 +140,15 @@ def _whole(value: Any) -> np.ndarray:
     if len(value) and not -(2**31) <= value.min() <= value.max() < 2**31:
         raise ValueError(f"ids {value.min()}..{value.max()} are not of 32 bits")
     return value.astype(np.int32)
+
+
+def _weights(record: Mapping[str, Any], name: str, count: int) -> np.ndarray:
+    weights = np.asarray(record[name])
+    if weights.dtype.kind not in "fiub" or weights.shape != (count,) or not (weights >= 0).all():
+        raise records.BadRecordError(
+            f"field {name!r} is {weights.dtype}{list(weights.shape)}, not {count} numbers from 0 on"
+        )
+    return weights.astype(np.float32)
 
 
 def to_base64(ids: np.ndarray) -> str:
