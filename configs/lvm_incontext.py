@@ -38,9 +38,10 @@ def get_config(arg=""):
 
 def full():
     c = lvm_3b.tiny()
+    # Answers look at the same place of earlier images: short waves and many heads for that.
     c.model = dict(
-        vocab_size=CODES + 100, width=256, depth=6, mlp_width=640, num_heads=4,
-        max_tokens=2048, dtype="bfloat16", remat="none",
+        vocab_size=CODES + 100, width=256, depth=6, mlp_width=640, num_heads=8,
+        max_tokens=2048, rope_theta=1e3, dtype="bfloat16", remat="none",
     )  # fmt: skip
     # Every row is one whole sentence, so no two share one.
     c.task.update(
@@ -57,7 +58,7 @@ def full():
     c.data = dict(
         mixture=mixture(), packing="none", shuffle=False, num_threads=4, prefetch_batches=8
     )
-    c.optim.update(lr=1.5e-3, end_lr=3e-5, warmup_steps=150)
+    c.optim.update(lr=2e-3, end_lr=3e-5, warmup_steps=150)
     c.train.update(steps=3_000, batch_size=256, log_every=50, save_every=500)
     c.evals = dict(
         masks=few_shot("segmentation", "mask", type="demo_scenes", split="heldout", count=64),

@@ -238,6 +238,9 @@ def random_crop(
     return crop[:, ::-1] if flip and rng.random() < 0.5 else crop
 
 
+_CAPTION_WIDTH = 160  # pixels, after which the text left of a row goes on in the next line
+
+
 def draw_grid(
     rows: Sequence[Sequence[np.ndarray | None]],
     *,
@@ -252,14 +255,17 @@ def draw_grid(
     Args:
       rows: image_u8 arrays of any size (enlarged with hard pixels, reduced smoothly); None leaves
         the cell empty. Rows may differ in length.
-      column_labels, row_labels: text above the columns and left of the rows; may be shorter.
+      column_labels, row_labels: text above the columns and left of the rows, in several lines where
+        it is long; may be shorter.
       cell: side of a cell in pixels. gap: space between cells. font_size: in pixels.
 
     Returns:
       uint8[H, W, 3].
     """
     font = ImageFont.load_default(font_size)
-    left = gap + max((int(font.getlength(text)) + gap for text in row_labels), default=0)
+    captions = [_wrap(text, font, _CAPTION_WIDTH) for text in row_labels]
+    widths = [int(font.getlength(line)) + gap for caption in captions for line in caption]
+    left = gap + max(widths, default=0)
     lines = max((len(_wrap(text, font, cell)) for text in column_labels), default=0)
     top = gap + lines * (font_size + 3)
     columns = max(len(row) for row in rows)
@@ -270,9 +276,10 @@ def draw_grid(
         for line, part in enumerate(_wrap(text, font, cell)):
             pen.text((left + column * step, 2 + line * (font_size + 3)), part, "black", font)
     for y, row in enumerate(rows):
-        if y < len(row_labels):
-            middle = top + y * step + (cell - font_size) // 2
-            pen.text((gap, middle), row_labels[y], "black", font)
+        caption = captions[y] if y < len(captions) else []
+        above = top + y * step + (cell - font_size - (len(caption) - 1) * (font_size + 3)) // 2
+        for line, part in enumerate(caption):
+            pen.text((gap, above + line * (font_size + 3)), part, "black", font)
         for x, image_u8 in enumerate(row):
             if image_u8 is not None:
                 sheet.paste(_thumbnail(image_u8, cell), (left + x * step, top + y * step))

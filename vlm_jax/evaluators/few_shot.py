@@ -36,7 +36,12 @@ from vlm_jax.data import images, records
 from vlm_jax.metrics import masks, perceptual
 from vlm_jax.weights import lpips as lpips_weights
 
-KINDS = ("segmentation", "detection", "colorization")
+CAPTIONS = {  # kind -> what is asked, for the picture
+    "segmentation": "mark the thing as in the examples",
+    "detection": "box the thing as in the examples",
+    "colorization": "colour it as in the examples",
+}
+KINDS = tuple(CAPTIONS)
 
 
 @dataclasses.dataclass
@@ -155,7 +160,9 @@ class Evaluator:
         return images.draw_grid(
             [pictures for _, pictures in shown],
             column_labels=[*columns, "query", "generated", "true"],
-            row_labels=[name.rpartition("/")[2][:24] for name, _ in shown],
+            row_labels=[
+                f"{CAPTIONS[self.kind]} ({name.rpartition('/')[2][:24]})" for name, _ in shown
+            ],
             cell=self.cell,
         )
 

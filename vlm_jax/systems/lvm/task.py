@@ -220,7 +220,7 @@ class LvmTask:
         made, true = outputs["ids"], batch["targets"][:, end - 1 : end - 1 + size]
         rows = [
             {
-                "label": _kind(names),
+                "label": _caption(names),
                 "columns": columns,
                 "images": list(row.reshape(-1, side, side, 3)),
             }
@@ -276,12 +276,28 @@ class LvmTask:
         )
 
 
-def _kind(names: list[str]) -> str:
-    """'heldout_video.array_record:3' -> 'video 3', to label a row."""
+# Kind of a sentence, the last word of the name of its file -> what is given and what is asked.
+CAPTIONS = {
+    "video": "frames of a video: what comes next?",
+    "pan": "a window moves over a photo: what comes next?",
+    "colour": "grey, in colour, grey, ...: the last one in colour",
+    "group": "photos of a class, then of another: one more of the class",
+    "inpaint": "with holes, whole, ...: the last one whole",
+    "mask": "scene, its mask, scene, ...: the mask of the last one",
+    "box": "scene, box of the thing, ...: the box in the last one",
+    "edges": "scene, its edges, ...: the edges of the last one",
+    "photo": "grey, in colour, grey, ...: the last one in colour",
+    "motion": "a thing moves over a ground: what comes next?",
+}
+
+
+def _caption(names: list[str]) -> str:
+    """'heldout_video.array_record:3' -> 'frames of a video: ... (3)', to label a row."""
     if not names:
         return ""
     file, _, number = names[0].rpartition("/")[2].rpartition(":")
-    return f"{file.partition('.')[0].rpartition('_')[2]} {number}"
+    kind = file.partition(".")[0].rpartition("_")[2]
+    return f"{CAPTIONS.get(kind, kind)} ({number})"
 
 
 @functools.lru_cache(maxsize=2)

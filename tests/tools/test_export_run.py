@@ -1,0 +1,81 @@
+"""Small folders made of runs, and what `load` makes of them."""
+
+import hashlib
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import vlm_jax
+from vlm_jax import checkpoints
+from vlm_jax.decoding import sampling
+from vlm_jax.nn import functional
+from vlm_jax.systems import lvm
+from vlm_jax.tools import export_run
+from vlm_jax.weights import shipped
+
+MODEL = dict(vocab_size=1124, width=16, depth=1, mlp_width=32, num_heads=2)
+TASK = dict(
+    tokenizer="tiny", image_side=8, codebook_size=1024, tokens_per_image=4, context_images=3
+)
+FORMATTER = dict(
+    max_tokens=16, fields="<|bos|>,{tokens}", bos_id=1024, eos_id=1025, vocab_size=1124
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A work directory with random parameters, and an average of other ones."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = dict(system="lvm", model=MODEL, task=TASK, formatter=FORMATTER, optim=dict(ema=0.9))
+    (workdir / "config.json").write_text(json.dumps({"config": config}))
+    params = lvm.make_task(MODEL, **TASK).init(jax.random.key(0))
+    averaged = {
+        path: x * 0 + 0.01 if path == "embed/table" else x
+        for path, x in functional.flatten(params).items()
+    }
+    with checkpoints.Checkpointer(workdir) as saver:
+        saver.save(1, {"params": params, "ema": averaged}, {})
+    return workdir
+
+
+def test_a_language_model_to_take_away(run, tmp_path, monkeypatch):
+    folder = tmp_path / "assets" / "lvm_small"
+    (digest,) = export_run.export(str(run), str(folder), dtype="float32").values()
+    content = (folder / "params.safetensors").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == digest
+    config = json.loads((folder / "config.json").read_text())
+    assert config["system"] == "lvm" and config["task"] == TASK
+
+    model = vlm_jax.load("lvm", str(folder))
+    assert model.lead_ids == (1024,) and model.context_images == 4 and model.tokenizer.side == 8
+    assert np.allclose(model.params["embed"]["table"], 0.01)  # the average
+
+    monkeypatch.setattr(shipped.importlib.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(
+        "vlm_jax.image_tokenizer.ImageTokenizer.load", lambda *_, **__: model.tokenizer
+    )
+    again = vlm_jax.load("lvm", "small")
+    prompt = [np.arange(8, dtype=np.int32).reshape(2, 4)]
+    sampler = sampling.Sampler(temperature=0.0, suppress_from=1024)
+    np.testing.assert_array_equal(
+        model.continue_ids(prompt, 1, sampler=sampler),
+        again.continue_ids(prompt, 1, sampler=sampler),
+    )
+    # And a run can start from it.
+    task = lvm.make_task(MODEL, **TASK)
+    assert np.allclose(lvm.load_upstream("small", task)["embed"]["table"], 0.01)
+
+
+def test_runs_of_other_systems_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"system": "nxtp"}}))
+    with pytest.raises(ValueError, match="of the system 'nxtp', not of 'vqgan' or 'lvm'"):
+        export_run.export(str(tmp_path), str(tmp_path / "out"))
+
+
+def test_a_folder_of_another_system_is_refused(run, tmp_path):
+    folder = tmp_path / "export"
+    export_run.export(str(run), str(folder))
+    with pytest.raises(ValueError, match="of the system 'lvm', not of 'nxtp'"):
+        vlm_jax.load("nxtp", str(folder))
