@@ -7,18 +7,18 @@ import pathlib
 from typing import Any
 
 from vlm_jax import config
-from vlm_jax.systems.lvm import composed, demo
+from vlm_jax.systems.lvm import composed, preparation
 
-_KINDS = {"demo": demo.prepare, "composed": composed.prepare}
+_KINDS = {"files": preparation.prepare, "composed": composed.prepare}
 
 
-def prepare(workdir: pathlib.Path, *, of: str = "demo", **fields: Any) -> None:
+def prepare(workdir: pathlib.Path, *, of: str = "files", **fields: Any) -> None:
     """Writes the token files of a run, unless they are there from the same arguments.
 
     Args:
       workdir: of the run.
-      of: "demo" (photos and video frames) or "composed" (scenes with tasks by example).
-      **fields: of `demo.prepare` or `composed.prepare`.
+      of: "files" (photos and videos) or "composed" (scenes with tasks by example).
+      **fields: of `preparation.prepare` or `composed.prepare`.
 
     Raises:
       ConfigError: unknown `of` or field. DataError: the photos cannot be had.
