@@ -36,7 +36,7 @@ def run(tmp_path_factory):
         for path, x in functional.flatten(params).items()
     }
     with checkpoints.Checkpointer(workdir) as saver:
-        saver.save(1, {"params": params, "ema": averaged}, {})
+        saver.save(1, {"params": params, "ema": averaged}, {"config": config})
     return workdir
 
 
@@ -69,7 +69,8 @@ def test_a_language_model_to_take_away(run, tmp_path, monkeypatch):
 
 
 def test_runs_of_other_systems_are_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"config": {"system": "nxtp"}}))
+    with checkpoints.Checkpointer(tmp_path) as saver:
+        saver.save(1, {"params": {"x": np.zeros(1)}}, {"config": {"system": "nxtp", "model": {}}})
     with pytest.raises(ValueError, match="of the system 'nxtp', not of 'vqgan' or 'lvm'"):
         export_run.export(str(tmp_path), str(tmp_path / "out"))
 
