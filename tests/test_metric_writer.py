@@ -191,17 +191,45 @@ def test_curves(tmp_path, monkeypatch, matplotlib):
     assert curves.draw(tmp_path) is None
     with metric_writer.MetricWriter(tmp_path, tensorboard=False) as writer:
         for step in range(1, 20):
-            writer.write(step, {"speed/steps_per_s": 1.0, "train/loss": 5 / step})
+            speed = {"speed/steps_per_s": 1.0 + step, "speed/rows_per_s": 2.0 * step}
+            writer.write(step, {**speed, "train/loss": 5 / step})
         writer.write(19, {"held_out/loss": 2.0})
         writer.write(19, {"broken": float("nan")})
     names = list(curves.collect(tmp_path))
-    assert names == ["train/loss", "held_out/loss", "speed/steps_per_s"]
+    assert names == ["train/loss", "held_out/loss", "speed/steps_per_s", "speed/rows_per_s"]
     path = curves.draw(tmp_path)
     with image.open(path) as picture:
         assert picture.width > 3 * picture.height > 600
         # The line of the first panel is there, in its colour.
         pixels = np.asarray(picture.convert("RGB"))[:, : picture.width // 3]
     assert (pixels == (0x1F, 0x77, 0xB4)).all(-1).sum() > 50
+
+
+def test_curves_draw_baselines_beside_and_constants_in_a_table(tmp_path):
+    scores = {
+        "train/loss": [(1, 5.0), (2, 4.0)],
+        "train/lr": [(1, 0.1), (2, 0.1)],
+        "eval/a/token_perplexity": [(1, 90.0), (2, 80.0)],
+        "eval/a/unigram_perplexity": [(1, 99.0), (2, 99.0)],
+        "eval/b/f1": [(2, 0.5)],
+        "eval/b/nearest_f1": [(2, 0.3)],
+        "eval/b/alone_f1": [(2, 0.7)],
+    }
+    baselines = {
+        "eval/a/unigram_perplexity": "eval/a/token_perplexity",
+        "eval/b/nearest_f1": "eval/b/f1",
+        "eval/b/alone_f1": "eval/b/missing",
+    }
+    panels, lines = curves.arrange(scores, baselines)
+    assert [panel.name for panel in panels] == ["train/loss", "eval/a/token_perplexity"]
+    assert panels[1].baselines == {"unigram": [(1, 99.0), (2, 99.0)]}
+    assert [line.split() for line in lines] == [
+        ["train/lr", "0.1"], ["eval/b/f1", "0.5", "nearest", "0.3"], ["eval/b/alone_f1", "0.7"],
+    ]  # fmt: skip
+    many = {f"m{i}": [(1, 0.0), (2, float(i + 1))] for i in range(60)}
+    panels, lines = curves.arrange(many, {})
+    assert len(panels) == 12 and len(lines) == 36
+    assert lines[-1] == "and 13 more in metrics.jsonl"
 
 
 def test_peaks():

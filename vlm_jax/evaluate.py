@@ -15,9 +15,10 @@ leftover keys of `config.evals.<name>`, among them `predict`, the name of the ta
             # read(fields of a DataConfig) -> batches of other data, for baselines;
             # pictures go to out_dir (None on all processes but the first).
 
-Optional: `task_needs = ("decode_batch",)` names members of the task that `run` calls; before
-training begins, `prepare(task)` fetches what `run` will need and raises when it cannot work, and
-`check_batch(batch)` raises ValueError when the first batch is not what it scores.
+Optional: `baselines = {"unigram": "perplexity"}` names scores that others are compared with, and
+curves.png draws them together; `task_needs = ("decode_batch",)` names members of the task that
+`run` calls; before training begins, `prepare(task)` fetches what `run` will need and raises when it
+cannot work, and `check_batch(batch)` raises ValueError when the first batch is not what it scores.
 
 A batch passes `task.encode_batch`, where the task has it, before the evaluator sees it: prompts of
 pictures become ids there. What that puts into nested dicts stays on the host.
@@ -101,6 +102,15 @@ def make(evals: Mapping[str, Mapping[str, Any]]) -> list[Evaluation]:
     if inactive:
         _say_once(f"inactive evaluations, their path is empty: {', '.join(inactive)}")
     return result
+
+
+def baselines(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+    """Scalar -> the scalar that it is a baseline of, as they are called in metrics.jsonl."""
+    return {
+        f"eval/{evaluation.name}/{name}": f"eval/{evaluation.name}/{score}"
+        for evaluation in evaluations
+        for name, score in getattr(evaluation.evaluator, "baselines", {}).items()
+    }
 
 
 def check_all(

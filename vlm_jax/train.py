@@ -294,7 +294,8 @@ class _Run:
         )
         if jax.process_index() == 0:
             workdir_files.write_config(self.workdir, self.meta)
-            closing.callback(curves.draw, self.workdir)
+            baselines = evaluate_lib.baselines(self.evaluations)
+            closing.callback(curves.draw, self.workdir, baselines)
         bar = progress.of_run(self.task, self.first, self.start, config, self.mesh)
         self.bar = closing.enter_context(contextlib.closing(bar))
         self.scorer = scores.Scorer(

@@ -68,6 +68,11 @@ class Evaluator:
 
     needs = ()
     task_needs = ("decode_batch",)
+    baselines = {
+        f"{name}_{key}": key
+        for name in ("copy_input", "all_foreground", "mean_mask", "tokenizer")
+        for key in ("iou", "box_iou", "mse", "mse_x3", "lpips")
+    }
 
     def __post_init__(self):
         if self.kind not in KINDS:

@@ -73,6 +73,11 @@ class Evaluator:
 
     needs = ()
     task_needs = ("labels", "references", "photos")
+    baselines = {
+        f"{name}_{key}": key
+        for name in ("frequent", "nearest")
+        for key in ("recall", "precision", "f1")
+    }
 
     def __post_init__(self):
         self.ks = sorted({*self.ks, self.k})

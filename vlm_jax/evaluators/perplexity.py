@@ -36,6 +36,7 @@ class Evaluator:
     baseline: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     needs = ("logp",)
+    baselines = dict.fromkeys(("uniform_perplexity", "unigram_perplexity"), "token_perplexity")
 
     def run(self, *, task, predict, batches, read, out_dir) -> dict[str, float]:
         """Perplexities over one pass.

@@ -43,6 +43,7 @@ class Evaluator:
     heads: str = ""
 
     needs = ("image01", "recon01", "ids")
+    baselines = dict.fromkeys(("flat_psnr", "thumbnail_psnr"), "psnr")
 
     def __post_init__(self):
         if self.layer not in vgg.LAYERS:
@@ -52,6 +53,8 @@ class Evaluator:
         """Writes `reconstructions.png`; returns scalars:
 
         psnr                   mean over images, dB
+        flat_psnr              of the mean colour of every image
+        thumbnail_psnr         of the image made as small as its grid of ids, and large again
         ssim, lpips            means over images
         frechet_vgg16_<layer>  between photos and reconstructions; not FID, see `metrics.frechet`
         code_usage             share of the codes that occur
@@ -62,7 +65,7 @@ class Evaluator:
           DownloadError, WeightsError: the weights of VGG16 cannot be had.
         """
         measures = self._measures()
-        scores = {name: [] for name in measures}
+        scores = {name: [] for name in (*measures, *self.baselines)}
         describe, photos, decoded = None, frechet_lib.Moments(), frechet_lib.Moments()
         if self.frechet:
             describe = perceptual.Vgg16Features(self._weights(), self.layer)
@@ -73,6 +76,8 @@ class Evaluator:
             count += len(image01)
             for name, measure in measures.items():
                 scores[name].extend(measure(image01, recon01))
+            for name, guess01 in _guesses(image01, outputs["ids"].shape[1]).items():
+                scores[name].extend(image_quality.psnr(image01, guess01))
             if describe:
                 photos.add(describe(image01))
                 decoded.add(describe(recon01))
@@ -119,3 +124,12 @@ class Evaluator:
             rows += [[pair[0] for pair in pairs], [pair[1] for pair in pairs]]
             labels += ["photo", "decoded"]
         return images.draw_grid(rows, row_labels=labels, cell=self.cell)
+
+
+def _guesses(image01: np.ndarray, num_ids: int) -> dict[str, np.ndarray]:
+    """What costs no tokenizer: the mean colour, and as many pixels as there are ids."""
+    flat01 = np.broadcast_to(image01.mean(axis=(1, 2), keepdims=True), image01.shape)
+    side = max(1, round(num_ids**0.5))
+    small = [images.resize(images.resize(images.to_u8(x), side), x.shape[:2]) for x in image01]
+    thumbnail01 = np.reshape([images.to01(x) for x in small], image01.shape)
+    return {"flat_psnr": flat01, "thumbnail_psnr": thumbnail01}
