@@ -111,7 +111,10 @@ def sections(values: Mapping[str, Any]) -> Iterator[Section]:
     for name, entry in (values.get("evals") or {}).items():
         yield from _of_evaluation(entry, f"evals.{name}", task)
     if prepare := getattr(system, "prepare", None):
-        yield _section("prepare", prepare, rows_of(prepare, values.get("prepare") or {}))
+        given = values.get("prepare") or {}
+        default = inspect.signature(prepare).parameters.get("of")
+        for reader in _readers(prepare, given.get("of", default and default.default)):
+            yield _section("prepare", reader, rows_of(reader, given))
 
 
 def _of_model(cfg: Any, given: Mapping[str, Any], name: str) -> Iterator[Section]:
@@ -315,7 +318,19 @@ def _of_system(name: str) -> Iterator[Section]:
         rows = [row for row in rows_of(reader) if row.key != "formatter"]
         yield _section("evals.NAME.formatter", reader, rows)
     if prepare := getattr(system, "prepare", None):
-        yield _section("prepare", prepare, rows_of(prepare))
+        for reader in _readers(prepare):
+            yield _section("prepare", reader, rows_of(reader))
+
+
+def _readers(prepare: Any, of: str | None = None) -> list[Any]:
+    """What reads the section `prepare`: the function, and those that it hands other keys on to.
+
+    Args:
+      prepare: of a system; `readers`, where it has them, are its kinds by name.
+      of: which of them; None takes all.
+    """
+    kinds = getattr(prepare, "readers", {})
+    return [prepare, *(reader for name, reader in kinds.items() if of in (None, name))]
 
 
 def _of_classes(hint: Any, name: str) -> Iterator[Section]:

@@ -26,3 +26,6 @@ def prepare(workdir: pathlib.Path, *, of: str = "files", **fields: Any) -> None:
     if of not in _KINDS:
         raise config.ConfigError(f"prepare.of={of!r} is none of {', '.join(_KINDS)}")
     config.call(functools.partial(_KINDS[of], workdir), fields, "prepare")
+
+
+prepare.readers = _KINDS  # `describe` lists what `fields` may hold
