@@ -8,6 +8,7 @@ import struct
 import numpy as np
 import pytest
 
+from tests import fuzz
 from vlm_jax.data import images, mp4_boxes, video
 
 av = pytest.importorskip("av")
@@ -189,22 +190,13 @@ def test_a_fragment_that_promises_samples_is_refused(tmp_path):
 
 def test_mutated_files_are_videos_or_named_errors(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rng, path = np.random.default_rng(0), tmp_path / "mutated"
+    path = tmp_path / "mutated"
     for suffix in ("mp4", "mkv", "AVI", "ts", "wmv", "gif"):
         content = open(write(tmp_path / f"a.{suffix}", *KINDS[suffix], count=6), "rb").read()
-        for _ in range(50):
-            made = bytearray(content)
-            for place in rng.integers(len(made), size=rng.integers(1, 6)):
-                kind = rng.integers(3)
-                if kind == 0:
-                    made[place] = rng.integers(256)
-                elif kind == 1:
-                    made[place : place + 4] = b"\xff" * 4
-                else:
-                    made[place : place + int(rng.integers(40))] = b""
+        for made in fuzz.mutations(content, 50):
             path.write_bytes(made)
             for read in (
-                lambda: video.read_frames(bytes(made), name="mutated"),  # noqa: B023
+                lambda: video.read_frames(made, name="mutated"),  # noqa: B023
                 lambda: video.read_at(path, [0, 2]),
                 lambda: np.empty((video.count_frames(path), 1, 1, 3), np.uint8),
             ):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import fuzz
 from vlm_jax.data import images
 
 
@@ -139,32 +140,14 @@ def _files():
     return files
 
 
-def _mutated(content, rng):
-    """A file with some bytes changed, fields set to extremes, cut, or joined to itself."""
-    made = bytearray(content)
-    for _ in range(int(rng.integers(1, 5))):
-        place, kind = int(rng.integers(len(made))), rng.integers(4)
-        if kind == 0:
-            made[place] ^= 1 << int(rng.integers(8))
-        elif kind == 1:
-            made[place : place + 4] = [b"\xff" * 4, b"\0" * 4, b"\x7f" + b"\xff" * 3][
-                rng.integers(3)
-            ]
-        elif kind == 2:
-            del made[place + 1 :]
-        else:
-            made[place:place] = made[int(rng.integers(len(made))) :]
-    return bytes(made)
-
-
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged tags
 def test_mutated_files_are_pictures_or_named_errors():
-    rng, before = np.random.default_rng(0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     Image.init()
     for name, content in _files().items():
-        for _ in range(60):
+        for damaged in fuzz.mutations(content, 60):
             try:
-                found = images.decode(_mutated(content, rng), name=name)
+                found = images.decode(damaged, name=name)
             except images.ImageError as error:
                 assert str(error).startswith(f"{name}: ")
             else:
