@@ -1,6 +1,7 @@
 """NXTP's verbs: labels and attention on the reference's checkpoint, from every kind of file."""
 
 import json
+import os
 
 import jax
 import numpy as np
@@ -175,3 +176,86 @@ def test_command_line(files, tmp_path, capsys):
     assert made == ["0_attention_layer_0.png", "0_attention_layer_1.png",
                     "1_attention_layer_0.png", "1_attention_layer_1.png", "labels.png"]  # fmt: skip
     assert Image.open(tmp_path / "labels.png").size[0] > 300
+
+
+def test_a_stream_of_photos(files, loaded):
+    _, photos, _, _ = files
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(len(taken))
+            yield photos[len(taken) % 4]
+
+    stream = loaded.label_stream(endless(), k=3, batch_size=4, threads=2)
+    found = [next(stream) for _ in range(6)]
+    assert found[4] == found[0] and found[:4] == loaded.label([*photos[1:], photos[0]], k=3)
+    assert len(taken) < 30
+    odd = [*photos[:2], b"no image", *photos[2:]]
+    *first, error, third, fourth = loaded.label_stream(odd, k=3, batch_size=5, on_error="yield")
+    assert isinstance(error, images.ImageError)
+    assert [*first, third, fourth] == loaded.label(photos, k=3)
+    with pytest.raises(images.ImageError):
+        list(loaded.label_stream([b"no image"]))
+    with pytest.raises(ValueError, match="k=0"):  # before the first photo
+        loaded.label_stream(endless(), k=0)
+    with pytest.raises(ValueError, match="on_error='skip'"):
+        loaded.label_stream([], on_error="skip")
+    best = loaded.label(photos, k=3, threshold=0.05)
+    plain = loaded.label(photos, k=3)
+    assert best == [[pair for pair in labels if pair[1] >= 0.05] for labels in plain] != plain
+    with pytest.raises(ValueError, match="better when larger"):
+        loaded.label(photos[0], ranking="ppl", threshold=0.1)
+
+
+def test_many_photos_go_on_where_they_stopped(files, loaded, tmp_path, monkeypatch, capsys):
+    from vlm_jax import loading, predict
+    from vlm_jax.systems.nxtp import command_line
+
+    _, photos, _, _ = files
+    monkeypatch.setattr(loading, "load", lambda *_, **__: loaded)
+    folder = tmp_path / "photos" / "sub ☕"
+    folder.mkdir(parents=True)
+    for i, photo in enumerate(photos):
+        Image.fromarray(photo).save(folder / f"{i}.png")
+    odd = folder / os.fsdecode(b"\xff.png")
+    odd.write_bytes((folder / "0.png").read_bytes())
+    (folder / "bad.png").write_bytes(b"no image")
+    out = tmp_path / "labels.jsonl"
+
+    def run(*arguments, out=out):
+        predict.main(["nxtp", "--checkpoint=x", "--k=3", "--batch_size=2", f"--out={out}",
+                      "--image", *map(str, arguments)])  # fmt: skip
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    rows = run(folder / "1.png")
+    rows = run(tmp_path / "photos")
+    assert [row["id"] for row in rows] == [
+        str(folder / "1.png"), str(odd), *(str(folder / f"{i}.png") for i in (0, 2, 3))
+    ]  # fmt: skip
+    expected = loaded.label(photos, k=3)
+    for row, labels in zip(rows, [expected[i] for i in (1, 0, 0, 2, 3)]):
+        assert [name for name, _ in row["labels"]] == [name for name, _ in labels]
+    said = capsys.readouterr().err
+    assert "4 inputs done, 1 were there, 1 unreadable" in said and "bad.png: not an image" in said
+    assert "bad.png\t" in (tmp_path / "labels.jsonl.failed").read_text()
+    with open(out, "a") as stream:
+        stream.write('{"id": "cut off')
+    assert run(f"{folder}/[0-9].png") == rows
+    csv_rows = tmp_path / "labels.csv"
+    predict.main(["nxtp", "--checkpoint=x", "--k=3", f"--out={csv_rows}", "--image",
+                  str(folder / "0.png")])  # fmt: skip
+    lines = csv_rows.read_text().splitlines()
+    assert lines[0] == "id,rank,label,score" and lines[1].split(",")[1:3] == ["1", "chair"]
+    for arguments, status, words in (
+        (["--k=4", "--image", str(folder)], 2, "k=3 there, 4 now"),
+        (["--k=3", "--image", str(folder / "bad.png")], 1, "0 inputs done"),
+    ):
+        target = out if status == 2 else tmp_path / "other.jsonl"
+        with pytest.raises(SystemExit) as stopped:
+            predict.main(["nxtp", "--checkpoint=x", f"--out={target}", *arguments])
+        assert stopped.value.code == status and words in capsys.readouterr().err
+    monkeypatch.setattr(command_line, "_SHOWN", 2)
+    predict.main(["nxtp", "--checkpoint=x", "--k=3", f"--out={tmp_path / 'made'}", "--image",
+                  str(folder), "--num_processes=2", "--process_id=1"])  # fmt: skip
+    assert "labels-00001-of-00002.png shows 2 of 3 photos" in capsys.readouterr().out

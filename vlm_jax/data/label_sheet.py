@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 RIGHT, OTHER, TRUTH = "#16793c", "#222222", "#707070"
 _GAP, _FONT = 8, 13
+CELL = 192  # pixels
 
 
 class Entry(NamedTuple):
@@ -26,8 +27,16 @@ class Entry(NamedTuple):
     references: Sequence[str] = ()
 
 
+def thumbnail(image_u8: np.ndarray, cell: int = CELL) -> np.ndarray:
+    """The photo as the sheet shows it: its longer side is `cell`."""
+    photo = Image.fromarray(image_u8)
+    scale = cell / max(photo.size)
+    size = tuple(max(1, round(side * scale)) for side in photo.size)
+    return np.array(photo.resize(size, Image.Resampling.LANCZOS))
+
+
 def draw(
-    entries: Sequence[Entry], *, columns: int = 4, cell: int = 192, shown: int = 10
+    entries: Sequence[Entry], *, columns: int = 4, cell: int = CELL, shown: int = 10
 ) -> np.ndarray:
     """A sheet: each photo, then its ranked labels, then the true ones in grey.
 
@@ -53,11 +62,9 @@ def draw(
     for row, height in zip(rows, heights):
         for place, index in enumerate(row):
             left = _GAP + place * (cell + _GAP)
-            photo = Image.fromarray(entries[index].image_u8)
-            scale = cell / max(photo.size)
-            size = tuple(max(1, round(side * scale)) for side in photo.size)
-            photo = photo.resize(size, Image.Resampling.LANCZOS)
-            sheet.paste(photo, (left + (cell - size[0]) // 2, top + (cell - size[1]) // 2))
+            photo = Image.fromarray(thumbnail(entries[index].image_u8, cell))
+            corner = (left + (cell - photo.width) // 2, top + (cell - photo.height) // 2)
+            sheet.paste(photo, corner)
             for number, (name, score, colour) in enumerate(texts[index]):
                 y = top + cell + 2 + number * line_height
                 pen.text((left, y), name, colour, font)

@@ -24,6 +24,9 @@ import sys
 from collections.abc import Sequence
 
 from vlm_jax import console
+from vlm_jax.data import inputs
+
+processes = inputs.processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,29 +102,6 @@ def _list_of(kind):
     return parse
 
 
-def processes(num_processes: int = 0, process_id: int = -1) -> tuple[int, int]:
-    """How many share the work and which is this: as given, else SLURM's or MPI's, else (1, 0).
-
-    Raises:
-      ValueError: one of the two alone, or an id out of range.
-    """
-    if num_processes or process_id >= 0:
-        if num_processes < 1 or not 0 <= process_id < num_processes:
-            raise ValueError(
-                f"--num_processes={num_processes} and --process_id={process_id}: give both, the "
-                f"id from 0 to below the number"
-            )
-        return num_processes, process_id
-    for count, rank in (
-        ("SLURM_NTASKS", "SLURM_PROCID"),
-        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-        ("PMI_SIZE", "PMI_RANK"),
-    ):
-        if os.environ.get(count) and os.environ.get(rank):
-            return int(os.environ[count]), int(os.environ[rank])
-    return 1, 0
-
-
 def _tokenize(args: argparse.Namespace) -> list[str]:
     """Writes this process's shards; returns their paths."""
     from vlm_jax.data import records
@@ -135,7 +115,7 @@ def _tokenize(args: argparse.Namespace) -> list[str]:
     name = args.name or args.layout
     if name != os.path.basename(name) or name.startswith("."):
         raise ValueError(f"--name={name} is not the name of files in --out")
-    count, rank = processes(args.num_processes, args.process_id)
+    count, rank = inputs.processes(args.num_processes, args.process_id)
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(plans.Options)}
     plan = plans.make(plans.Options(**fields))
     for note in plan.notes:

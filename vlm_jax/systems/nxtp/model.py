@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.data import images as images_lib
+from vlm_jax.data import streaming
 from vlm_jax.decoding import label_lists, one_shot
 from vlm_jax.models import clip, llama
 from vlm_jax.ops import buckets
@@ -29,6 +31,9 @@ from vlm_jax.systems.nxtp import network as network_lib
 from vlm_jax.systems.nxtp import vocabulary
 
 MAX_IMAGES = 32  # per device call
+MAX_TOKENS = 20  # of a label
+# Those that need nothing but the labels' own probabilities.
+RANKINGS = tuple(name for name in label_lists.RANKINGS if not name.startswith("sim"))
 
 
 class Nxtp:
@@ -67,9 +72,11 @@ class Nxtp:
         images: Any,
         k: int = 10,
         *,
-        max_tokens: int = 20,
+        max_tokens: int = MAX_TOKENS,
         ranking: str = "prob",
         unfinished: bool = False,
+        threshold: float = 0.0,
+        prompt: str = "",
     ) -> Any:
         """Labels of one photo or of many.
 
@@ -79,6 +86,8 @@ class Nxtp:
           max_tokens: of a label, its delimiter included.
           ranking: see `decoding.label_lists`: "prob", "first", "none", "ppl".
           unfinished: also those that were cut off at max_tokens.
+          threshold: labels of a lower score are left out; for "prob" and "first".
+          prompt: what the labels follow; "" is the model's own.
 
         Returns:
           [(label, score), ...], the best first; a list of such lists for a list.
@@ -87,24 +96,74 @@ class Nxtp:
           ValueError: k below 1 or above the vocabulary, an unknown ranking, no image.
           ImageError: a file that is no image.
         """
+        run = self._labeller(k, max_tokens, ranking, unfinished, threshold, prompt)
+        photos, single = self._photos(images)
+        results = run(photos)
+        return results[0] if single else results
+
+    def label_stream(
+        self,
+        images: Iterable[Any],
+        k: int = 10,
+        *,
+        batch_size: int = MAX_IMAGES,
+        threads: int = streaming.THREADS,
+        on_error: str = "raise",
+        max_tokens: int = MAX_TOKENS,
+        ranking: str = "prob",
+        unfinished: bool = False,
+        threshold: float = 0.0,
+        prompt: str = "",
+    ) -> Iterator[Any]:
+        """Labels of any number of photos, in their order, with few of them in memory.
+
+        Args:
+          images: photos, as `label` takes them; may have no end.
+          batch_size: photos per device call. threads: that read and cut them.
+          on_error: what becomes of a photo that cannot be used: "raise", or "yield" the error.
+          k, max_tokens, ranking, unfinished, threshold, prompt: as of `label`.
+
+        Yields:
+          [(label, score), ...] of each photo, or an ImageError.
+
+        Raises:
+          ValueError: as `label`; at once, not at the first photo.
+        """
+        run = self._labeller(k, max_tokens, ranking, unfinished, threshold, prompt)
+        cut = streaming.prepared(images, self._cut, threads=threads, ahead=2 * batch_size)
+        return streaming.apply(cut, lambda x: run(np.stack(x)), batch_size, on_error=on_error)
+
+    def _labeller(
+        self, k: int, max_tokens: int, ranking: str, unfinished: bool, threshold: float, prompt: str
+    ) -> Callable[[np.ndarray], list[list[tuple[str, float]]]]:
+        """Cut photos, uint8[N, S, S, 3] -> their labels. Checks the options."""
         if not 1 <= k <= self.words.size:
             raise ValueError(f"k={k} is not in 1 ... {self.words.size}, the vocabulary's size")
-        if ranking not in label_lists.RANKINGS or ranking.startswith("sim"):
-            known = [name for name in label_lists.RANKINGS if not name.startswith("sim")]
-            raise ValueError(f"ranking={ranking!r} is none of {', '.join(known)}")
-        photos, single = self._photos(images)
-        results = []
-        for _, count, (filled,) in buckets.pieces(MAX_IMAGES, photos):
-            found = self._find(filled, k, max_tokens)
-            lists = label_lists.rank_all(
-                found,
-                self.words.decode,
-                delimiter_id=self.words.delimiter_id,
-                by=ranking,
-                unfinished=unfinished,
-            )[:count]
-            results += [[(label.text, label.score) for label in labels] for labels in lists]
-        return results[0] if single else results
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens={max_tokens} must be at least 1")
+        if ranking not in RANKINGS:
+            raise ValueError(f"ranking={ranking!r} is none of {', '.join(RANKINGS)}")
+        if threshold and ranking in ("ppl", "none"):
+            raise ValueError(f"threshold={threshold} needs scores that are better when larger")
+        prompt_ids = np.array(self.words.prompt(prompt), np.int32) if prompt else self._prompt
+
+        def run(photos: np.ndarray) -> list[list[tuple[str, float]]]:
+            results = []
+            for _, count, (filled,) in buckets.pieces(MAX_IMAGES, photos):
+                lists = label_lists.rank_all(
+                    self._find(filled, k, max_tokens, prompt_ids),
+                    self.words.decode,
+                    delimiter_id=self.words.delimiter_id,
+                    by=ranking,
+                    unfinished=unfinished,
+                )
+                results += [
+                    [(x.text, x.score) for x in labels if x.score >= threshold]
+                    for labels in lists[:count]
+                ]
+            return results
+
+        return run
 
     def attention(self, image: Any) -> np.ndarray:
         """What every place of image and prompt reads, float32[layers, heads, T, T]."""
@@ -132,7 +191,9 @@ class Nxtp:
 
         nxtp.save_pth(path, self.params, released=released, dtype=dtype)
 
-    def _find(self, photos: np.ndarray, k: int, max_tokens: int) -> one_shot.OneShot:
+    def _find(
+        self, photos: np.ndarray, k: int, max_tokens: int, prompt: np.ndarray
+    ) -> one_shot.OneShot:
         """`one_shot.decode` of photos, compiled for their number."""
         key = k, max_tokens
         if key not in self._compiled:
@@ -152,20 +213,19 @@ class Nxtp:
                 )
 
             self._compiled[key] = jax.jit(run)
-        prompt_bt = np.tile(self._prompt, (len(photos), 1))
+        prompt_bt = np.tile(prompt, (len(photos), 1))
         return self._compiled[key](*self._halves, photos, prompt_bt)
 
     def _photos(self, images: Any) -> tuple[np.ndarray, bool]:
         listed, single = images_lib.one_or_many(images)
         if not listed:
             raise ValueError("no image to label")
-        side = self.cfg.vision.image_size
         # Cut one by one: only small ones are kept.
-        cut = [
-            format_lib.crop(images_lib.as_image(image, name=f"picture {number}"), side)
-            for number, image in enumerate(listed)
-        ]
-        return np.stack(cut), single
+        return np.stack([self._cut(x, f"picture {i}") for i, x in enumerate(listed)]), single
+
+    def _cut(self, image: Any, name: str = "") -> np.ndarray:
+        side = self.cfg.vision.image_size
+        return format_lib.crop(images_lib.as_image(image, name=name), side)
 
 
 def from_run(task: Any, formatter: Any, params: Any, *, tokenizer: str = "", dtype: str = ""):
