@@ -252,6 +252,19 @@ def test_a_finished_run_and_failed_starts_write_nothing(numbers, workdir, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, kind", [("eval", "file"), ("checkpoints", "file"), ("metrics.jsonl", "folder")]
+)
+def test_something_else_in_the_place_of_ours(numbers, tmp_path, name, kind):
+    if kind == "file":
+        (tmp_path / name).write_text("")
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises(config_lib.ConfigError, match=f"{name} is (not )?a folder, and a run"):
+        run.run(recipe(numbers), tmp_path)
+
+
+@pytest.mark.slow
 def test_insisting_and_named_changes(numbers, workdir, capfd):
     changed = recipe(
         numbers, train__steps=12, task__noise=0.5, init__insist=True, optim__lr=1e-4,
@@ -420,9 +433,14 @@ def test_what_is_not_finite_is_neither_saved_nor_continued(numbers, workdir, mon
 
 
 @pytest.mark.slow
-def test_without_metrics_it_is_said(numbers, workdir, capfd):
+def test_data_and_metrics_that_have_changed_are_named(numbers, workdir, tmp_path, capfd):
     (workdir / "metrics.jsonl").unlink()
-    run.run(recipe(numbers, train__steps=11, optim__ema=0.5), workdir)
-    assert "there is no metrics.jsonl: it begins after step 10" in capfd.readouterr().err
+    fewer = tmp_path / "numbers.jsonl"
+    fewer.write_text("\n".join(numbers.read_text().splitlines()[:20]) + "\n")
+    run.run(recipe(fewer, train__steps=11, optim__ema=0.5), workdir)
+    said = capfd.readouterr().err
+    assert "there is no metrics.jsonl: it begins after step 10" in said
+    assert "data.mixture.lines has 20 records, not 64; they come in another order" in said
+    assert f"data.mixture.lines.path: '{numbers}' -> '{fewer}'" in said
     steps = [x["step"] for x in tiny_system.metrics(workdir) if "train/loss" in x]
     assert steps == [11]

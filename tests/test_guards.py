@@ -36,6 +36,15 @@ def test_limits_themselves_are_allowed_and_nan_is_not():
     assert trips_at([float("nan")], max=5.0, patience=1)[0] == 1
 
 
+def test_what_is_not_finite_needs_no_recipe():
+    sound = {"loss": 2.0, "optim/grad_norm": 1e30, "optim/param_norm": 3.0, "other": float("nan")}
+    assert guards.not_finite(sound) == ""
+    assert guards.not_finite({"loss": 2.0}) == ""  # an update of another kind
+    for name in ("loss", "optim/grad_norm", "optim/param_norm"):
+        for value in (float("nan"), float("inf"), -float("inf")):
+            assert guards.not_finite(sound | {name: value}) == name
+
+
 def test_bad_settings_are_named():
     with pytest.raises(config_lib.ConfigError, match="train.guards.a: neither min nor max"):
         guards.make({"a": dict(metric="loss")})

@@ -69,7 +69,7 @@ def find(recipe: Any, workdir: pathlib.Path, given: Collection[str] | None) -> S
     named = {
         key: value
         for key, value in (("init.run", recipe.init.run), ("init.upstream", recipe.init.upstream))
-        if value and (given is None or key in given)
+        if value and (given is None or {key, "init"} & set(given))
     }
     if not named:
         why = "is empty of checkpoints" if workdir.exists() else "does not exist"
@@ -117,6 +117,8 @@ def run(
         scored, failure = runner.attempt(evaluation, params, workdir / "eval" / subject.folder)
         results |= scored
         failures += [failure] if failure else []
+    if not evaluations:
+        _say("the recipe has no active evaluation")
     _tell(subject, workdir, results)
     if failures:
         raise scores.EvaluationError("\n".join(failures))

@@ -174,12 +174,13 @@ class _Run:
         """The step and row to go on from, and what has changed since they were saved."""
         workdir_files.check(self.workdir)
         self.start = self.step = self.saver.latest_good() or 0
-        self.start_row = 0
+        self.start_row, self.records_before = 0, {}
         if not self.start:
             return
         _say(f"resuming from step {self.start} of {self.config.steps} in {self.workdir}")
         saved = self.saver.describe(self.start)["meta"]
         self.start_row = resume.rows_seen(saved, self.start, self.config.batch_size)
+        self.records_before = saved.get("data", {}).get("records", {})
         resume.require_same_parameters(self.saver, self.start, self.abstract)
         if not ("config" in saved and "config" in self.meta and make):
             return
@@ -205,6 +206,12 @@ class _Run:
     def open_data(self) -> None:
         """Data are looked at before anything is compiled or allocated."""
         self.batches = self.closing.enter_context(self._batches(self.formatter))
+        for name, count in self.batches.records_of.items():
+            if (before := self.records_before.get(name, count)) != count:
+                _say(
+                    f"changed since step {self.start}: data.mixture.{name} has {count} records, "
+                    f"not {before}; they come in another order from here on"
+                )
         self.first = next(self.batches)
         getattr(self.task, "check_batch", lambda arrays: None)(self.first.arrays)
         evaluate_lib.check_all(
@@ -376,7 +383,12 @@ class _Run:
         """Saves the state of this step, unless that was done. Metrics reach the disk first."""
         self.writer.sync()
         rows = self.start_row + (self.step - self.start) * self.config.batch_size
-        position = {"step": self.step, "seed": self.config.seed, "rows": rows}
+        position = {
+            "step": self.step,
+            "seed": self.config.seed,
+            "rows": rows,
+            "records": self.batches.records_of,
+        }
         try:
             meta = {**self.meta, "data": position}
             self.saver.save(self.step, self.state, meta, must_be_finite=True)

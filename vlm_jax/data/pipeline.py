@@ -193,11 +193,15 @@ class Batches:
 
     Attributes:
       bad_records: what could not be used so far, see `BadRecords`.
+      records_of: source -> its number of records, on which its order depends.
     """
 
     def __init__(self, config: DataConfig, formatter: Any, elements: Any, start_step: int):
         table = elements.table
-        self.bad_records = BadRecords(config.max_bad_fraction, table.num_records, table.skipped)
+        self.bad_records = BadRecords(
+            config.max_bad_fraction, sum(table.records_of.values()), table.skipped
+        )
+        self.records_of = table.records_of
         self._formatter, self._step = formatter, start_step
         self._rows = elements.rows_per_batch
         self._iterator = _run_ahead(config, elements, self._rows)
@@ -283,7 +287,7 @@ class _Rows:
         )
         self._entries: dict[str, _Entry] = {}
         self.skipped: list[tuple[str, str]] = []
-        self.num_records = 0
+        self.records_of: dict[str, int] = {}
         if config.packing != "none" and not hasattr(formatter, "encode"):
             raise records.DataError(
                 f"data.packing={config.packing!r} needs a formatter with `encode` and "
@@ -299,7 +303,7 @@ class _Rows:
                     f"data.mixture.{name} is empty: no usable record in {fields}"
                     + (f" ({skipped} bad ones, first: {source.skipped[0]})" if skipped else "")
                 )
-            self.num_records += len(source)
+            self.records_of[name] = len(source)
             shuffle = order.Shuffle(len(source), seed, name, config.shuffle)
             plan = None
             if config.packing != "none":
