@@ -38,6 +38,7 @@ PROGRAM = {
     "optim",
     "sharding",
     "checkpoints",
+    "checkpoint_reading",
     "leaves",
     "step_folders",
     "resume",

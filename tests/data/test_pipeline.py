@@ -87,6 +87,20 @@ def test_starting_at_a_step_equals_having_run_there(mixture, packing):
 
 
 @KINDS
+def test_another_batch_size_goes_on_at_the_next_row(mixture, packing):
+    def rows_of(batch_size, number, **start):
+        config = pipeline.DataConfig(mixture=mixture, packing=packing)
+        with pipeline.make_batches(
+            config, formatter_for(packing), batch_size=batch_size, seed=5, **start
+        ) as batches:
+            return [ids for _ in range(number) for ids in next(batches).record_ids]
+
+    whole = rows_of(4, 11)
+    for batch_size, number in ((4, 8), (2, 16), (8, 4), (32, 1)):
+        assert rows_of(batch_size, number, start_step=3, start_row=12) == whole[12:]
+
+
+@KINDS
 def test_seed_and_epoch_change_the_order(mixture, packing):
     one, other = run(mixture, packing, 3), run(mixture, packing, 3, seed=6)
     assert [b.record_ids for b in one] != [b.record_ids for b in other]
