@@ -33,3 +33,9 @@ def test_sizes():
 def test_long_labels_stay_in_their_cell():
     sheet = label_sheet.draw([entry([("w" * 300, 0.5)], ["w" * 300])], cell=100)
     assert (sheet[110:, 108:] == 255).all()
+
+
+def test_labels_of_any_text():
+    odd = ["two\nlines", "", "\0", "\t", "ü\u2028x", "w" * 10**6, " " * 1000, "犬"]
+    sheet = label_sheet.draw([entry([(text, float("nan")) for text in odd], odd)], cell=100)
+    assert (sheet[110:, 108:] == 255).all()

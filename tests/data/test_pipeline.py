@@ -319,6 +319,10 @@ def test_empty_and_impossible_configs(tmp_path, mixture):
         ({"mixture": {}}, "mixture is empty"),
         ({"mixture": {"a": {"path": "x"}}}, "mixture.a has no 'type'"),
         ({"mixture": {"a": {"type": "jsonl", "weight": 0}}}, "mixture.a.weight=0"),
+        ({"mixture": {"a": {"type": "jsonl", "weight": float("inf")}}}, "mixture.a.weight=inf"),
+        ({"mixture": {"a": {"type": "jsonl", "weight": float("nan")}}}, "mixture.a.weight=nan"),
+        ({"mixture": {"a": {"type": "jsonl", "weight": "1"}}}, "mixture.a.weight='1'"),
+        ({"mixture": {"a": "x.jsonl"}}, "mixture.a='x.jsonl' is not a dict"),
     ]:
         with pytest.raises(ValueError, match=message):
             pipeline.DataConfig(**({"mixture": mixture} | fields))

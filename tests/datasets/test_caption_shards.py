@@ -2,11 +2,13 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
 
 import pytest
 
+from tests import fuzz
 from vlm_jax.data import records, sources
 from vlm_jax.datasets import caption_shards
 
@@ -106,3 +108,47 @@ def test_tar_reads_only_the_members_asked_for(tmp_path):
     shard = write_shard(tmp_path / "0.tar", {"a": "a dog"})
     record = sources.TarShards([str(shard)], members=("txt",))[0]
     assert record == {"id": f"{shard}:a", "txt": "a dog"}
+
+
+@pytest.mark.parametrize("labels", [None, 5, [1], {"a": 1}, "dog", ["a,b"], ["\ud800"]])
+def test_labels_of_other_types_are_bad_records(tmp_path, labels):
+    from vlm_jax.systems.nxtp import labels as labels_lib
+
+    shard = write_shard(tmp_path / "s" / "0.tar", {"a": "x"})
+    write_labels(tmp_path / "labels", shard, [{"key": "a", "labels": labels}])
+    source = caption_shards.CaptionShards(str(shard), labels=str(tmp_path / "labels"))
+    with pytest.raises(records.BadRecordError):
+        labels_lib.of_record(source[0])
+
+
+def test_hidden_files_and_folders_with_the_name_of_a_shard(tmp_path):
+    write_shard(tmp_path / "s" / "0.tar", {"a": "x"})
+    (tmp_path / "s" / "._0.tar").write_bytes(b"what a file manager leaves")
+    (tmp_path / "s" / "1.tar").mkdir()
+    assert len(caption_shards.CaptionShards(str(tmp_path / "s"))) == 1
+
+
+def test_lists_of_things_that_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    names = ["pipe.jpg", "/dev/zero", "zero\0.jpg", "n" * 500, "."]
+    lines = "".join(f"{name} : tench\n" for name in names)
+    (tmp_path / "list.txt").write_text(lines + "x" * 100_000 + " : too long\n")
+    source = sources.make_source(type="image_list", path=str(tmp_path / "list.txt"))
+    assert len(source) == len(names) and len(source.skipped) == 1
+    for index in range(len(source)):
+        with pytest.raises(records.BadRecordError, match="cannot read|not a regular file"):
+            source[index]
+
+
+def test_damaged_lists(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"pixels")
+    path = tmp_path / "list.txt"
+    for content in fuzz.mutations(b"a.jpg : tench, Tinca tinca\nb/c.jpg : cat\n" * 3, 200):
+        path.write_bytes(content)
+        with fuzz.bounded(megabytes=8):
+            source = sources.make_source(type="image_list", path=str(path))
+            for index in range(len(source)):
+                try:
+                    assert source[index]["image"] == b"pixels"
+                except records.BadRecordError:
+                    pass

@@ -75,3 +75,16 @@ def test_image_folder(tmp_path):
     assert len(drawn) == 2
     with pytest.raises(records.DataError, match="no such folder"):
         sources.make_source(type="image_folder", path=str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("answer", few_shot.ANSWERS)
+def test_records_without_what_is_shown_are_bad(answer):
+    for record in ({"id": "x"}, {"id": "x", "image_u8": "no array"}):
+        source = make(
+            queries={"type": "memory", "records": [record, record]}, answer=answer, shots=1
+        )
+        with pytest.raises(records.BadRecordError):
+            source[0]
+    if answer != "colour":
+        with pytest.raises(records.BadRecordError, match="among"):
+            make(queries=memory(2), answer=answer)[0]

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import fuzz
 from vlm_jax.data import records, sources
+from vlm_jax.datasets import pascal5i
 
 
 def write_voc(root):
@@ -119,3 +121,35 @@ def test_what_is_missing_is_named(voc, tmp_path):
     Image.new("RGB", (10, 8)).save(voc / "SegmentationClass" / "c.png")
     with pytest.raises(records.DataError, match="one channel of class numbers"):
         make(voc, split="other")
+
+
+@pytest.mark.parametrize("name", ["../a", "..", "x/a", "/etc/passwd"])
+def test_lists_name_images_of_the_data_set_only(voc, name):
+    (voc / "ImageSets" / "Segmentation" / "val.txt").write_text(f"a\n{name}\n")
+    with pytest.raises(records.DataError, match="no name of an image"):
+        sources.make_source(type="pascal5i", path=str(voc))
+
+
+@pytest.mark.parametrize("text", ["x", "1e999", "nan", "", "9" * 5000])
+def test_boxes_that_are_no_numbers(voc, text):
+    path = voc / "Annotations" / "b.xml"
+    path.write_text(path.read_text().replace("<xmin>2", f"<xmin>{text}", 1))
+    with pytest.raises(records.DataError, match=r"b\.xml: not the numbers of a box"):
+        sources.make_source(type="pascal5i", path=str(voc), kind="box")
+
+
+def test_damaged_masks_and_annotations(voc):
+    for kind, path in (
+        ("mask", voc / "SegmentationClass" / "b.png"),
+        ("box", voc / "Annotations" / "b.xml"),
+    ):
+        whole = path.read_bytes()
+        for content in fuzz.mutations(whole, 100):
+            path.write_bytes(content)
+            pascal5i._list_items.cache_clear()
+            with fuzz.bounded(megabytes=64):
+                try:
+                    source = sources.make_source(type="pascal5i", path=str(voc), kind=kind)
+                    assert all(source[i]["mask"].dtype == bool for i in range(len(source)))
+                except records.DataError:
+                    pass

@@ -45,3 +45,15 @@ def test_a_bad_sentence_leaves_no_file(tmp_path, sentences):
         ):
             visual_sentences.write(tmp_path / name, sentences)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "record", [{}, {"tokens": 5}, {"tokens": b"123"}, {"tokens": b"1234", "other": 1}], ids=repr
+)
+def test_records_that_are_no_sentences(tmp_path, record):
+    module = pytest.importorskip("array_record.python.array_record_module")
+    writer = module.ArrayRecordWriter(str(tmp_path / "x.array_record"), "group_size:1")
+    writer.write(records.pack(record))
+    writer.close()
+    with pytest.raises(records.BadRecordError, match=r"x\.array_record:0: not a visual sentence"):
+        list(visual_sentences.read(tmp_path / "x.array_record"))

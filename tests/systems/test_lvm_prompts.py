@@ -353,3 +353,21 @@ def test_a_batch_file_from_the_command_line(parts, golden, tmp_path, monkeypatch
     message = fails()
     assert "1 of 2 lines were left out" in message and "bad.png" in message
     assert (out / "made_0.png").exists()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt_ids": None}, {"prompt_ids": [1.5] * 4}, {"prompt_ids": [[1], [1, 2]]},
+        {"prompt_ids": [1] * 3}, {"prompt_ids": ["a"] * 4}, {"prompt_ids": [float("inf")] * 4},
+        {"prompt": None}, {"prompt": 5}, {"prompt": {"a": 1}}, {"prompt": [None]},
+        {"prompt": [[1]]}, {"prompt": [{}]}, {"prompt": ["no such file.png"]},
+        {"prompt_ids": [1] * 4, "label": None}, {"prompt_ids": [1] * 4, "label": 1.5},
+        {"prompt_ids": [1] * 4, "fold": "3"}, {"prompt_ids": [1] * 4, "fold": 10**30}, {},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_prompts_of_other_types_are_bad_records(record):
+    formatter = prompts.Formatter(images=2, targets=1, side=8, size=4)
+    with pytest.raises(records.BadRecordError):
+        formatter(record)

@@ -16,35 +16,40 @@ _OPTIONS = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32_
 _COUNTING = 16  # files opened at once to count their records; remote ones take a while each
 
 
-class ArrayRecord(shard_files.Files):
-    """ArrayRecord files, one msgpack dict a record (or raw bytes).
+class Contents(shard_files.Files):
+    """The records of ArrayRecord files as they are stored, bytes.
 
     Args:
-      path: see `sources`.
-      decode: "msgpack", or "raw": the record is {"bytes": ...}.
+      path: see `shard_files.find_files`.
+      ranges: of every file the first record and how many, as TFDS splits are given; None is all.
+
+    Raises:
+      DataError: no such file, or it is not ArrayRecord.
     """
 
-    def __init__(self, path: str | os.PathLike | Sequence[str], decode: str = "msgpack"):
-        if decode not in ("msgpack", "raw"):
-            raise records.DataError(f"decode={decode!r} is not 'msgpack' or 'raw'")
+    def __init__(
+        self,
+        path: str | os.PathLike | Sequence[str],
+        ranges: Sequence[tuple[int, int]] | None = None,
+    ):
         super().__init__(path)
-        self._decode = decode
-        with concurrent.futures.ThreadPoolExecutor(_COUNTING) as pool:
-            counts = pool.map(_count, self.paths)
-            self._ends = list(itertools.accumulate(counts))
+        if ranges is None:
+            with concurrent.futures.ThreadPoolExecutor(_COUNTING) as pool:
+                ranges = [(0, count) for count in pool.map(_count, self.paths)]
+        self._starts = [start for start, _ in ranges]
+        self._ends = list(itertools.accumulate(count for _, count in ranges))
 
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> records.Record:
+    def __getitem__(self, index: int) -> Any:
         file, place = self._locate(index)
         try:
-            content = _kept_open(*self._stamps[file]).read([place])[0]
+            return _kept_open(*self._stamps[file]).read([place])[0]
         except records.DataError:
             raise
         except Exception as error:  # the reader raises bare RuntimeErrors and IndexErrors
             raise records.BadRecordError(f"{self.record_id(index)}: {error}") from error
-        return {"bytes": content} if self._decode == "raw" else records.unpack(content)
 
     def record_id(self, index: int) -> str:
         """File, and the number in it."""
@@ -54,7 +59,22 @@ class ArrayRecord(shard_files.Files):
     def _locate(self, index: int) -> tuple[int, int]:
         index = range(len(self))[int(index)]
         file = bisect.bisect_right(self._ends, index)
-        return file, index - (self._ends[file - 1] if file else 0)
+        before = self._ends[file - 1] if file else 0
+        return file, self._starts[file] + index - before
+
+
+class ArrayRecord(Contents):
+    """ArrayRecord files, one msgpack dict a record (or raw bytes)."""
+
+    def __init__(self, path: str | os.PathLike | Sequence[str], decode: str = "msgpack"):
+        if decode not in ("msgpack", "raw"):
+            raise records.DataError(f"decode={decode!r} is not 'msgpack' or 'raw'")
+        super().__init__(path)
+        self._decode = decode
+
+    def __getitem__(self, index: int) -> records.Record:
+        content = super().__getitem__(index)
+        return {"bytes": content} if self._decode == "raw" else records.unpack(content)
 
 
 def _open(path: str | os.PathLike) -> Any:

@@ -62,7 +62,8 @@ def read_bytes(path: str | os.PathLike, name: str) -> bytes:
     try:
         check_regular(path, name)
         with open(path, "rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
+            size = os.fstat(stream.fileno()).st_size  # read(n) takes n bytes of memory at first
+            content = stream.read(min(size, MAX_BYTES) + 1)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise _unreadable(error, name) from error
     if len(content) > MAX_BYTES:

@@ -87,6 +87,8 @@ def _lines(entry: Entry, font, width: int, shown: int) -> list[tuple[str, str, s
 
 
 def _cut(text: str, font, width: float) -> str:
+    # The font measures one line, of which a cell shows a few dozen letters.
+    text = " ".join(text[: 8 * int(max(1, width))].split())
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

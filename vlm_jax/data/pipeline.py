@@ -60,10 +60,13 @@ class DataConfig:
         if not self.mixture:
             raise ValueError("mixture is empty; name at least one source")
         for name, entry in self.mixture.items():
+            if not isinstance(entry, Mapping):
+                raise ValueError(f"mixture.{name}={entry!r:.60} is not a dict with a 'type'")
             if "type" not in entry:
                 raise ValueError(f"mixture.{name} has no 'type'; known: {', '.join(sources.TYPES)}")
-            if not entry.get("weight", 1.0) > 0:
-                raise ValueError(f"mixture.{name}.weight={entry['weight']} must be positive")
+            weight = entry.get("weight", 1.0)
+            if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+                raise ValueError(f"mixture.{name}.weight={weight!r} must be a positive number")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not in [0, 1]")
 

@@ -285,6 +285,13 @@ class Tfds:
                 download=False,
                 builder_kwargs=dict(builder_kwargs or {}) or None,
             )
+            # Its own reader keeps every shard open for good; sets have thousands.
+            base = records.require("tensorflow_datasets.core.data_sources.base")
+            pieces = base.file_instructions(self._source.dataset_info, split)
+            self._source.data_source = array_records.Contents(
+                [os.fspath(piece.filename) for piece in pieces],
+                [(piece.skip, piece.take) for piece in pieces],
+            )
         except Exception as error:
             raise records.DataError(
                 f"TFDS {name!r}, split {split!r}, data_dir={data_dir!r}: {error}\n"
@@ -295,7 +302,12 @@ class Tfds:
         return len(self._source)
 
     def __getitem__(self, index: int) -> records.Record:
-        return self._source[int(index)]
+        try:
+            return self._source[int(index)]
+        except records.DataError:
+            raise
+        except Exception as error:  # features decode with libraries of their own
+            raise records.BadRecordError(f"{type(error).__name__}: {error}") from error
 
     def record_id(self, index: int) -> str:
         """Name, split and number."""

@@ -118,11 +118,15 @@ class FewShot:
         return 0 if labels is None else int(labels[index])
 
     def _pair(self, record: records.Record) -> tuple[np.ndarray, np.ndarray]:
-        image = record["image_u8"]
+        image = images.of_record(record)
         if self.answer == "colour":
             return images.grey_u8(image), image
         if self.answer == "picture":
+            if "answer_u8" not in record:
+                raise records.BadRecordError(f"no answer_u8 among {records.keys_of(record)}")
             return image, record["answer_u8"]
+        if not {"mask", "masks"} & record.keys():
+            raise records.BadRecordError(f"no mask or masks among {records.keys_of(record)}")
         mask = record["mask"] if "mask" in record else np.any(record["masks"], axis=0)
         if not mask.any():
             raise records.BadRecordError("the mask is empty")

@@ -83,7 +83,7 @@ class Pascal5i:
             mask = np.zeros(image.shape[:2], bool)
             mask[y0 : y1 + 1, x0 : x1 + 1] = True
         else:
-            mask = _read_classes(_mask_folder(root) / f"{item.name}.png") == item.label
+            mask = _read_classes(root, item.name) == item.label
         return {
             "image_u8": image,
             "mask": mask,
@@ -134,9 +134,8 @@ def _list_items(path: str, split: str, kind: str) -> tuple[_Item, ...]:
         for name in names:
             items += _single_object(_need(folder / f"{name}.xml"), name)
     else:
-        folder = _mask_folder(root)
         for name in names:
-            present = np.unique(_read_classes(_need(folder / f"{name}.png")))
+            present = np.unique(_read_classes(root, name))
             items += [_Item(name, int(label)) for label in present if 1 <= label <= 20]
     return tuple(items)
 
@@ -164,12 +163,15 @@ def _need(path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def _read_classes(path: pathlib.Path) -> np.ndarray:
+def _read_classes(root: pathlib.Path, name: str) -> np.ndarray:
     """uint8[H, W] of class numbers, not of the palette's colours."""
+    path = _need(_mask_folder(root) / f"{name}.png")
     try:
+        with Image.open(root / "JPEGImages" / f"{name}.jpg", formats=("JPEG",)) as photo:
+            size = photo.size
         with Image.open(path, formats=("PNG",)) as image:
-            if image.width * image.height > images.MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are too many")
+            if image.size != size:
+                raise ValueError(f"is of {image.size} pixels, its photo of {size}")
             if image.mode not in ("P", "L"):
                 raise ValueError(f"mode {image.mode}; a mask has one channel of class numbers")
             return np.array(image)

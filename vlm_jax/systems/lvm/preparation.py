@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from vlm_jax import config, image_tokenizer
 from vlm_jax.data import records, sidecar
 from vlm_jax.datasets import own_files, visual_sentences
-from vlm_jax.systems.lvm import albums
+from vlm_jax.systems.lvm import albums, token_files
 
 _DEFAULT_KINDS = ("video", "pan", "colour", "group")
 _OWN_KINDS = tuple(kind for kind in albums.KINDS if kind != "mask")
@@ -85,7 +85,7 @@ def prepare(
         )
     folder = workdir / ("own" if path else "demo")
     note = folder / "made_of.json"
-    if note.exists() and json.loads(note.read_text()) == made_of:
+    if note.is_file() and note.read_bytes() == _note(made_of):
         return
     note.unlink(missing_ok=True)
     for file in folder.glob("*.array_record"):
@@ -93,13 +93,17 @@ def prepare(
     kinds = tuple(kinds) or (() if path else _DEFAULT_KINDS)
     made = _write(folder, load, tokenizer, image_side, images, counts, kinds, seed)
     partial = note.with_name(f".{note.name}.{os.getpid()}")
-    partial.write_text(json.dumps(made_of))
+    partial.write_bytes(_note(made_of))
     os.replace(partial, note)
     print(
         f"[lvm] tokenized visual sentences ({', '.join(made)}), {sentences} to train on and "
         f"{heldout_sentences} held out of each kind, into {folder}",
         file=sys.stderr,
     )
+
+
+def _note(made_of: Mapping[str, Any]) -> bytes:
+    return json.dumps(made_of).encode()
 
 
 def _write(folder, load: Load, tokenizer, side, images, counts, kinds, seed) -> list[str]:
@@ -117,6 +121,7 @@ def _write(folder, load: Load, tokenizer, side, images, counts, kinds, seed) -> 
             path = folder / f"{split}_{kind}.array_record"
             visual_sentences.write(path, _tokenize(drawn, encoder, kind))
             trained += [kind] if split == "train" else []
+    token_files.write_manifest(folder, encoder)
     return trained
 
 

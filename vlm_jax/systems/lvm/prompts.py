@@ -59,10 +59,13 @@ class Formatter:
         last_size = (0, 0)
         for key, room in (("prompt", self.images), ("target", self.targets)):
             if "prompt_ids" in record:
-                ids = np.asarray(record.get(f"{key}_ids", ()), np.int32).reshape(-1, self.size)
+                ids = _whole_images(record.get(f"{key}_ids", ()), self.size)
                 example[f"{key}_ids"], count = _fill(ids, room, key), len(ids)
             else:
-                pictures = images.as_images(record.get(key, ()))
+                given = record.get(key, ())
+                if not isinstance(given, list | tuple | np.ndarray):
+                    raise records.BadRecordError(f"{key} is {given!r:.60}, not a list of pictures")
+                pictures = images.as_images(given)
                 if not self.side:
                     raise records.DataError("pictures need task.tokenizer; 'tiny' or a folder")
                 small = [images.resize(picture, self.side) for picture in pictures]
@@ -74,10 +77,26 @@ class Formatter:
             example[f"num_{key}"] = np.int32(count)
         if not example["num_prompt"]:
             raise records.BadRecordError("the prompt is empty; LVM continues at least one image")
-        example["label"] = np.int32(record.get("label", -1))
-        example["fold"] = np.int32(record.get("fold", -1))
+        for key in ("label", "fold"):
+            number = record.get(key, -1)
+            if not isinstance(number, int | np.integer) or not -(2**31) <= number < 2**31:
+                raise records.BadRecordError(f"{key} is {number!r:.60}, not an integer")
+            example[key] = np.int32(number)
         example["last_size"] = np.array(last_size, np.int32)
         return example
+
+
+def _whole_images(value: Any, size: int) -> np.ndarray:
+    """int32[n, size] of integers."""
+    try:
+        ids = np.asarray(value)
+    except ValueError as error:
+        raise records.BadRecordError(f"ids: {error}") from error
+    if ids.size % size or (ids.size and ids.dtype.kind not in "iu"):
+        raise records.BadRecordError(
+            f"ids of {ids.dtype}{list(ids.shape)} are not whole images of {size} integers"
+        )
+    return ids.astype(np.int32).reshape(-1, size)
 
 
 def _fill(rows: np.ndarray, room: int, key: str) -> np.ndarray:

@@ -52,6 +52,13 @@ def digest(tokenizer: Any) -> str:
     return found.hexdigest()
 
 
+def write_manifest(folder: pathlib.Path, tokenizer: Any) -> None:
+    """For folders that recipes write themselves; `tools/tokenize_images` says more."""
+    cfg = dataclasses.asdict(tokenizer.cfg)
+    made_of = {"tokenizer_sha256": digest(tokenizer), "tokenizer_config": cfg}
+    (folder / MANIFEST).write_text(json.dumps({"made_of": made_of}) + "\n")
+
+
 def check(data: pipeline.DataConfig, formatter: Any, expected: Expected, name: str) -> None:
     """Compares the token files of a mixture with the recipe; says aloud what will be cut.
 
@@ -101,7 +108,8 @@ def _check_manifests(path: Any, expected: Expected, name: str, seen: dict[str, s
             raise config_lib.ConfigError(
                 f"{name}: the files in {folder} were made with the tokenizer {made_by[:12]}, and "
                 f"task.tokenizer is {expected.sha256()[:12]} (sha256 of its weights); give the one "
-                "that they were made with, or tokenize the images again"
+                "that they were made with, or tokenize the images again (a recipe that prepares "
+                "them does so when the folder is gone)"
             )
         if other is not None:
             raise config_lib.ConfigError(
