@@ -51,8 +51,9 @@ def full():
     c.formatter.max_tokens = IMAGES * IDS
     c.prepare = dict(
         of="composed", tokenizer="tiny", image_side=SIDE, chunk=500, seed=0,
-        sentences=dict(mask=100_000, box=25_000, edges=30_000, colour=100_000, photo=25_000,
-                       motion=30_000),
+        sentences=dict(
+            mask=70_000, box=15_000, edges=20_000, colour=70_000, photo=15_000, motion=20_000
+        ),
     )  # fmt: skip
     # Sentences are drawn at random already; shuffling them costs more than reading them.
     c.data = dict(

@@ -9,7 +9,12 @@ from typing import Any
 from vlm_jax import config
 from vlm_jax.systems.lvm import composed, preparation
 
-_KINDS = {"files": preparation.prepare, "composed": composed.prepare}
+
+def _nothing(workdir: pathlib.Path, **fields: Any) -> None:
+    del workdir, fields
+
+
+_KINDS = {"files": preparation.prepare, "composed": composed.prepare, "nothing": _nothing}
 
 
 def prepare(workdir: pathlib.Path, *, of: str = "files", **fields: Any) -> None:
@@ -17,7 +22,8 @@ def prepare(workdir: pathlib.Path, *, of: str = "files", **fields: Any) -> None:
 
     Args:
       workdir: of the run.
-      of: "files" (photos and videos) or "composed" (scenes with tasks by example).
+      of: "files" (photos and videos), "composed" (scenes with tasks by example), or "nothing":
+        for evaluations, which bring their own data.
       **fields: of `preparation.prepare` or `composed.prepare`.
 
     Raises:
