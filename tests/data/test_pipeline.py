@@ -5,6 +5,8 @@ import time
 import numpy as np
 import pytest
 
+from tests import fuzz
+from vlm_jax.data import packing as packing_lib
 from vlm_jax.data import pipeline, records
 from vlm_jax.systems.lvm import format as lvm_format
 
@@ -362,3 +364,37 @@ def test_a_mistake_in_the_formatter_names_the_record(mixture):
         with pytest.raises(KeyError) as caught:
             next(batches)
     assert any("a.jsonl:1" in note for note in caught.value.__notes__)
+
+
+def test_long_documents_do_not_fill_the_memory():
+    class Table:
+        def load_document(self, name, index):
+            loaded.append(index)
+            return packing_lib.Document(np.zeros(100, np.int32), np.zeros(100, np.float32))
+
+    loaded: list[int] = []
+    cache = pipeline._DocumentCache(Table(), size=50, most_ids=1000)
+    for index in (*range(40), *range(30, 40), 0):
+        assert len(cache("a", index).ids) == 100
+    assert loaded == [*range(40), 0]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "array_record"])
+def test_damaged_token_files_give_an_error_or_right_rows(tmp_path, kind):
+    """Through the formatter: what comes out is a row of the file as it was, or is counted."""
+    from vlm_jax.datasets import visual_sentences
+
+    whole = tmp_path / f"whole.{kind}"
+    sentences = [visual_sentences.Sentence(np.arange(9) + i, 1, f"s{i}") for i in range(6)]
+    visual_sentences.write(whole, sentences)
+    config = {"packing": "none", "max_bad_fraction": 1.0, "num_threads": 0}
+    for number, content in enumerate(fuzz.mutations(whole.read_bytes(), 60)):
+        path = tmp_path / f"{number}.{kind}"
+        path.write_bytes(content)
+        data = pipeline.DataConfig(mixture={"a": {"type": kind, "path": str(path)}}, **config)
+        try:
+            for batch in pipeline.one_pass(data, TOKENS, batch_size=3):
+                assert batch["tokens"].dtype == np.int32 and batch["tokens"].shape == (3, 32)
+                assert (batch["tokens"] >= 0).all() and (batch["tokens"] < 64).all()
+        except records.DataError:
+            pass

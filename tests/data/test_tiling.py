@@ -58,3 +58,16 @@ def test_files(tmp_path):
     assert Image.open(tmp_path / "a.jpg").format == "JPEG"
     with pytest.raises(records.DataError, match="end with"):
         tiling.save(tmp_path / "a.exe", flat(5))
+
+
+@pytest.mark.parametrize("output", ["a\0b", "n" * 300, "d/" + "n" * 10**6 + "/x.png", "\ud800"])
+def test_names_that_no_file_has(tmp_path, output):
+    for anywhere in (False, True):
+        with pytest.raises(records.DataError, match="names no file") as caught:
+            tiling.place(tmp_path, output, anywhere=anywhere)
+        assert len(str(caught.value)) < 200
+
+
+def test_suffixes_show_before_anything_is_made(tmp_path):
+    with pytest.raises(records.DataError, match="outputs end with"):
+        tiling.place(tmp_path, "a.exe")

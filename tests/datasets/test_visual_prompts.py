@@ -103,3 +103,16 @@ def test_damage_of_any_kind(folder):
             except records.DataError:
                 continue
         assert all(isinstance(source.record_id(i), str) for i in range(len(source)))
+
+
+@pytest.mark.parametrize("other", ["x.png", "x", "./x.png", "y/../x", "z//../x.png"])
+def test_two_names_of_one_output(folder, other):
+    lines = [{"input": ["a.png"], "output": name} for name in ("x.png", other)]
+    with pytest.raises(records.DataError, match="lines 1 and 2 both write"):
+        make(folder, *lines)
+
+
+@pytest.mark.parametrize("output", [".", "..", "a/..", "x.exe", "n" * 999])
+def test_outputs_that_are_no_pictures(folder, output):
+    with pytest.raises(records.DataError, match="prompts.jsonl:1: .*(names no file|end with)"):
+        make(folder, {"input": ["a.png"], "output": output})

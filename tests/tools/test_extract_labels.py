@@ -269,3 +269,9 @@ def test_labels_stay_in_their_folder(tmp_path):
     extract(tmp_path / "deep" / "er" / ".." / "0.tar", tmp_path / "out" / "labels")
     assert (tmp_path / "out" / "labels" / "deep" / "0.tar.jsonl").is_file()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["labels"]
+
+
+def test_numbers_that_cannot_be(tmp_path):
+    for fields in ({"workers": -1}, {"rows_per_part": 0}):
+        with pytest.raises(records.DataError, match="is too small"):
+            extract(tmp_path, tmp_path / "labels", **fields)

@@ -282,6 +282,8 @@ def test_previews_that_cannot_be(tmp_path, tokenizer, ids, message):
         (["--layout=single", "--input=IN", "--out=OUT", "--shards=11"], "would be empty"),
         (["--layout=single", "--input=IN", "--out=OUT", "--shards=2", "--shard=2"], "not below"),
         (["--layout=single", "--input=IN", "--out=IN/0.png/x"], "Not a directory"),
+        (["--layout=single", "--input=IN", "--out=OUT", "--name=../x"], "not the name of files"),
+        (["--layout=single", "--input=IN", "--out=OUT", "--name=."], "not the name of files"),
         (["--layout=single", "--input=IN", "--out=OUT", "--codebook_size=8192"], "has 1024 codes"),
         (
             ["--layout=single", "--input=IN", "--out=OUT", "--tokens_per_image=256"],

@@ -394,13 +394,14 @@ class _Rows:
 class _DocumentCache:
     """The documents used last: neighbouring rows share them. Thread-safe, pickled empty."""
 
-    def __init__(self, table: _Rows, size: int = 512):
-        self._table, self._size = table, size
+    def __init__(self, table: _Rows, size: int = 512, most_ids: int = 2**24):
+        self._table, self._size, self._most_ids = table, size, most_ids
         self._kept: collections.OrderedDict[tuple[str, int], packing.Document]
         self._kept, self._lock = collections.OrderedDict(), threading.Lock()
+        self._ids = 0  # of all that are kept: a document may be as long as a file
 
     def __reduce__(self):
-        return _DocumentCache, (self._table, self._size)
+        return _DocumentCache, (self._table, self._size, self._most_ids)
 
     def __call__(self, name: str, index: int) -> packing.Document:
         with self._lock:
@@ -409,10 +410,16 @@ class _DocumentCache:
                 return self._kept[name, index]
         document = self._table.load_document(name, index)
         with self._lock:
-            self._kept[name, index] = document
-            if len(self._kept) > self._size:
-                self._kept.popitem(last=False)
+            if (name, index) not in self._kept:  # another thread may have been as fast
+                self._kept[name, index] = document
+                self._ids += _num_ids(document)
+            while len(self._kept) > self._size or self._ids > self._most_ids:
+                self._ids -= _num_ids(self._kept.popitem(last=False)[1])
         return document
+
+
+def _num_ids(document: packing.Document) -> int:
+    return 0 if document.ids is None else len(document.ids)
 
 
 class _naming:

@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vlm_jax.data import records
+from vlm_jax.data import records, shard_files
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 FILES = ("file_name", "filename", "file", "image", "image_path", "path", "filepath", "photo")
@@ -79,11 +79,9 @@ def read(path: str | os.PathLike, file_column: str = "", text_column: str = "") 
     if path.suffix.lower() not in SUFFIXES:
         raise records.DataError(f"{path}: not a table; it must end in {', '.join(SUFFIXES)}")
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise records.DataError(f"{path}: over the limit of {MAX_BYTES} bytes; cut it up")
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise records.DataError(f"{path}: cannot read: {error.strerror}") from error
+        text = shard_files.read_bytes(path, MAX_BYTES).decode("utf-8-sig")
+    except records.BadRecordError as error:
+        raise records.DataError(str(error)) from error
     except UnicodeDecodeError as error:
         raise records.DataError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
     lines = _json_lines(text) if path.suffix.lower() == ".jsonl" else _cells(path, text)

@@ -11,6 +11,8 @@ import numpy as np
 
 from vlm_jax.data import images, records
 
+_MAX_NAME = 251  # bytes; file systems take 255, and a suffix may be added
+
 
 def tile(
     candidates_u8: Sequence[Sequence[np.ndarray]], inputs_u8: Sequence[np.ndarray] = ()
@@ -75,18 +77,24 @@ def place(folder: str | os.PathLike, output: str, *, anywhere: bool = False) -> 
       anywhere: also absolute paths and "..".
 
     Raises:
-      DataError: no file's name, or a path that leaves the folder. Batch files come from elsewhere.
+      DataError: no file's name, no picture's suffix, or a path that leaves the folder. Batch files
+        come from elsewhere.
     """
     folder = pathlib.Path(folder)
     path = folder / output
-    if pathlib.PurePath(output).name in ("", ".."):
-        raise records.DataError(f"output {output!r} names no file")
+    try:
+        long = max((len(os.fsencode(part)) for part in path.parts), default=0) > _MAX_NAME
+        if pathlib.PurePath(output).name in ("", "..") or "\0" in output or long:
+            raise ValueError
+    except ValueError as error:  # also letters that no file system has
+        raise records.DataError(f"output {output!r:.80} names no file") from error
     path = path if path.suffix else path.with_name(path.name + ".png")
     if not anywhere and folder.resolve() not in path.resolve().parents:
         raise records.DataError(
             f"output {output!r} leaves {folder}; use relative paths without '..', or allow it "
             f"with --anywhere"
         )
+    _format(path)
     return path
 
 
@@ -96,8 +104,13 @@ def save(path: pathlib.Path, picture_u8: np.ndarray) -> None:
     Raises:
       DataError: another suffix.
     """
+    format = _format(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(images.encode(picture_u8, format))
+
+
+def _format(path: pathlib.Path) -> str:
     kinds = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".bmp": "bmp"}
     if path.suffix.lower() not in kinds:
         raise records.DataError(f"{path}: outputs end with {', '.join(kinds)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(images.encode(picture_u8, kinds[path.suffix.lower()]))
+    return kinds[path.suffix.lower()]

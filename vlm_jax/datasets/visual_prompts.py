@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import pathlib
 
-from vlm_jax.data import images, records, shard_files
+from vlm_jax.data import images, records, shard_files, tiling
 
 _MAX_BYTES = 2**30
 
@@ -81,10 +81,15 @@ class VisualPrompts:
     def _check_names(self) -> None:
         seen: dict[str, int] = {}
         for number, line in self._lines:
-            if line["output"] and seen.setdefault(line["output"], number) != number:
+            if not line["output"]:
+                continue
+            try:
+                place = os.path.normpath(tiling.place(".", line["output"], anywhere=True))
+            except records.DataError as error:
+                raise records.DataError(f"{self._path}:{number}: {error}") from error
+            if seen.setdefault(place, number) != number:
                 raise records.DataError(
-                    f"{self._path}: lines {seen[line['output']]} and {number} both write "
-                    f"{line['output']!r}"
+                    f"{self._path}: lines {seen[place]} and {number} both write {line['output']!r}"
                 )
 
     def _check_files(self) -> None:

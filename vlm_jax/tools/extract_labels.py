@@ -34,6 +34,7 @@ from vlm_jax.tools import caption_files
 _SETTINGS = "extraction.json"
 _VERSION = 1  # of the rules and of the files
 _PLAIN_EVERY_S = 10.0
+_MAX_PARTS = 64  # of a file; each part passes over the rows before its own
 _SHOWN = 8  # bad captions that are said
 
 
@@ -121,6 +122,8 @@ def extract(
     from vlm_jax.datasets import caption_shards
     from vlm_jax.systems.nxtp import labels
 
+    if workers < 0 or rows_per_part < 1:
+        raise records.DataError(f"workers={workers} or rows_per_part={rows_per_part} is too small")
     if not 0 <= process_id < num_processes:
         raise records.DataError(f"process_id {process_id} is not below {num_processes}")
     labels.make_tagger(tagger)  # says at once when something is missing
@@ -229,12 +232,14 @@ class _Job(NamedTuple):
 
 
 class _Unit(NamedTuple):
-    """One part of one file."""
+    """One part of one file: its rows [start, stop)."""
 
     job: _Job
     tagger: str
     part: int
     parts: int
+    start: int
+    stop: int | None
 
     @property
     def output(self) -> pathlib.Path:
@@ -250,15 +255,17 @@ class _Outcome(NamedTuple):
 
 def _units(todo, tagger, rows_per_part, waiting) -> Iterator[_Unit]:
     for job in todo:
-        parts = 1
+        parts, bounds = 1, [(0, None)]
         if caption_files.form_of(job.file) != ".tar":  # a line file may hold everything
             try:
-                parts = max(1, -(-caption_files.count(job.file, job.column) // rows_per_part))
+                count = caption_files.count(job.file, job.column)
+                parts = min(_MAX_PARTS, max(1, -(-count // rows_per_part)))
+                bounds = [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
             except (ValueError, OSError):
                 pass  # said by the part that cannot read it
         waiting[job] = parts
-        for part in range(parts):
-            yield _Unit(job, tagger, part, parts)
+        for part, (start, stop) in enumerate(bounds):
+            yield _Unit(job, tagger, part, parts, start, stop)
 
 
 def _run(units: Iterator[_Unit], workers: int) -> Iterator[tuple[_Unit, Any]]:
@@ -300,7 +307,8 @@ def _extract(unit: _Unit) -> _Outcome:
     partial = unit.output.with_name(f"{unit.output.name}.{os.getpid()}")
     try:
         with partial.open("w", encoding="utf-8") as stream:
-            for key, read in caption_files.rows(unit.job.file, unit.job.column, *_bounds(unit)):
+            rows = caption_files.rows(unit.job.file, unit.job.column, unit.start, unit.stop)
+            for key, read in rows:
                 counts["captions"] += 1
                 line: dict[str, Any] = {"key": key}
                 try:
@@ -316,14 +324,6 @@ def _extract(unit: _Unit) -> _Outcome:
     finally:
         partial.unlink(missing_ok=True)
     return _Outcome(counts, bad)
-
-
-def _bounds(unit: _Unit) -> tuple[int, int | None]:
-    """The part's rows: parts differ by at most one row."""
-    if unit.parts == 1:
-        return 0, None
-    count = caption_files.count(unit.job.file, unit.job.column)
-    return count * unit.part // unit.parts, count * (unit.part + 1) // unit.parts
 
 
 def _join(job: _Job, parts: int) -> None:
