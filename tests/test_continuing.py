@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import vlm_jax
 from tests import tiny_system
 from vlm_jax import checkpoints, optim, resume, run, scores, train
 from vlm_jax import config as config_lib
@@ -319,6 +320,23 @@ def test_evaluation_leaves_what_training_wrote(numbers, workdir, capfd):
 
 
 @pytest.mark.slow
+def test_load_goes_by_what_the_step_says(workdir, monkeypatch):
+    made = lambda task, formatter, params: (task, params)  # noqa: E731
+    monkeypatch.setattr(tiny_system, "from_run", made, raising=False)
+    meta = json.loads((workdir / "config.json").read_text())
+    meta["config"]["model"]["width"] = 99  # as an evaluation used to leave it
+    (workdir / "config.json").write_text(json.dumps(meta))
+    for path in (workdir, workdir / "checkpoints", workdir / "checkpoints" / "10"):
+        task, params = vlm_jax.load("tests.tiny_system", str(path))
+        assert task.width == 16
+        jax.tree.map(np.testing.assert_array_equal, params, checkpoints.load_params(workdir))
+    _, raw = vlm_jax.load("tests.tiny_system", str(workdir), averaged=False)
+    assert np.abs(raw["head"]["kernel"] - params["head"]["kernel"]).max() > 0
+    (workdir / "config.json").unlink()
+    assert vlm_jax.load("tests.tiny_system", str(workdir))[0].width == 16
+
+
+@pytest.mark.slow
 def test_nothing_to_evaluate(numbers, trained, tmp_path):
     c = recipe(numbers, init__run=str(trained))
     with pytest.raises(config_lib.ConfigError, match="nothing to evaluate: .*does not exist"):
@@ -430,6 +448,20 @@ def test_what_is_not_finite_is_neither_saved_nor_continued(numbers, workdir, mon
     assert checkpoints.find(workdir).number == 10
     run.run(c, workdir)
     assert checkpoints.find(workdir).number == 20
+
+
+@pytest.mark.slow
+def test_the_advice_after_a_loss_that_is_not_finite_works(numbers, tmp_path, capfd):
+    settings = dict(optim__clip_norm=0.0, train__save_every=1)
+    with pytest.raises(train.TrainingStopped) as stopped:
+        run.run(recipe(numbers, optim__lr=1e38, **settings), tmp_path)
+    message = str(stopped.value)
+    # The first update of a warm-up has rate 0; the second leaves nothing that can be trained.
+    assert "optim/param_norm=inf at step 2 (loss=" in message and "numbers.jsonl:" in message
+    assert "The newest checkpoint is of step 1, before this; lower optim.lr, set" in message
+    run.run(recipe(numbers, optim__lr=1e-3, optim__clip_norm=1.0), tmp_path)
+    assert "resuming from step 1 of 10" in capfd.readouterr().err
+    assert checkpoints.find(tmp_path).number == 10
 
 
 @pytest.mark.slow
