@@ -30,15 +30,18 @@ def get_config(arg=""):
     return recipe("lvm_3b", arg)
 
 
-def recipe(preset, arg="", batch_size=512, steps=200_000):
-    """Shared by all sizes."""
+def recipe(preset, arg="", batch_size=512, steps=200_000, decay_steps=0, accumulate=1):
+    """Shared by all sizes; the numbers are those of the full forms."""
     if arg in ("tiny", "small"):
         return tiny() if arg == "tiny" else small()
     if arg not in ("", "reference"):
         raise ValueError(
             f"{preset}: argument {arg!r} is neither '' nor 'tiny', 'small', 'reference'"
         )
-    return full(preset, batch_size, steps, arg == "reference")
+    c = full(preset, batch_size, steps, arg == "reference")
+    c.optim.decay_steps = decay_steps or steps
+    c.train.accumulate = accumulate
+    return c
 
 
 def full(preset, batch_size, steps, reference=False):

@@ -8,8 +8,6 @@ from configs import lvm_3b
 
 
 def get_config(arg=""):
-    c = lvm_3b.recipe("lvm_7b", arg, batch_size=128, steps=100_000)
-    if arg != "tiny":
-        c.optim.decay_steps = 288_000
-        c.train.accumulate = 4
-    return c
+    return lvm_3b.recipe(
+        "lvm_7b", arg, batch_size=128, steps=100_000, decay_steps=288_000, accumulate=4
+    )

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -79,7 +80,12 @@ def write(path, sentences):
         ("--config.formatter.max_tokens=4096", ["4096", "max_tokens=2048"]),
         ("--config.system=lmv", ["no system called 'lmv'", "did you mean 'lvm'"]),
         ("--config.optim.trainable=^nothing", ["'^nothing' matches none"]),
-        ("--config.optim.warmup_steps=50", ["warmup_steps=50 is longer"]),
+        ("--config.optim.warmup_steps=50", ["warmup_steps=50 is longer", "train.steps=2"]),
+        ("--config.optim.lr=-1e-3", ["optim: lr=-0.001 must be at least 0"]),
+        ("--config.optim.lr=nan", ["optim: lr=nan"]),
+        ("--config.train.seed=-1", ["train: seed=-1 must be between 0 and"]),
+        ("--config.train.save_every=-5", ["train: save_every=-5"]),
+        ("--config.data.num_workers=-1", ["data: num_workers=-1"]),
         ("--config.task.codebook_size=5000", ["codebook_size=5000", "vocab_size=1124"]),
         ("--config.data.packing=tight", ["packing='tight'", "stream"]),
         ("--config.init.upstream=/nowhere/x.safetensors", ["/nowhere/x.safetensors"]),
@@ -97,6 +103,58 @@ def test_missing_recipe_and_flags(capsys, tmp_path):
     fails(capsys, ["main", "--config=configs/lvm_4b.py", f"--workdir={tmp_path}"], "lvm_4b.py")
     fails(capsys, ["main", f"--config={RECIPE}:tiny"], "--workdir")
     fails(capsys, ["main", f"--confg={RECIPE}"], "confg")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train.steps=2"], ["'train.steps=2' would be ignored", "--config.train.steps=2"]),
+        (["config.train.steps=2"], ["did you mean --config.train.steps=2"]),
+        (["mode=evaluate"], ["did you mean --mode=evaluate"]),
+        (["train"], ["argument 'train' is not understood"]),
+        (["--", "--config.train.steps=2"], ["'--config.train.steps=2'", "behind a bare '--'"]),
+        (["--config.train.steps=1e1"], ["train.steps=1e1"]),
+        (["--config.train.steps.x=1"], ["train.steps"]),
+        (["--lr=1"], ["lr"]),
+        (["--mode=eval"], ["eval"]),
+    ],
+)
+def test_arguments_that_would_be_ignored(capsys, tmp_path, arguments, words):
+    given = ["main", f"--config={RECIPE}:tiny", f"--workdir={tmp_path / 'run'}", *arguments]
+    err = fails(capsys, given, *words)
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("config.json", ["is no recipe but the record of one"]),
+        ("typo.py", ["SyntaxError", "typo.py"]),
+        ("raises.py", ["ZeroDivisionError", "raises.py:2"]),
+        ("no_function.py", ["get_config"]),
+        ("own.py:tinyy", ["own.py:tinyy"]),
+        ("", ["no recipe"]),
+    ],
+)
+def test_recipes_that_cannot_be_read(capsys, tmp_path, name, words):
+    sys.modules.pop("config_config", None)  # where the recipe before this one is loaded into
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "typo.py").write_text("def get_config(:\n")
+    (tmp_path / "raises.py").write_text("def get_config(arg=''):\n    return 1 / 0\n")
+    (tmp_path / "no_function.py").write_text("x = 1\n")
+    (tmp_path / "own.py").write_text("def get_config():\n    return {}\n")
+    given = ["main", f"--config={tmp_path}/{name}", f"--workdir={tmp_path / 'run'}"]
+    err = fails(capsys, given, *words)
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3", "file", "https"])
+def test_buckets_are_not_folders(capsys, tmp_path, monkeypatch, scheme):
+    monkeypatch.chdir(tmp_path)
+    given = ["main", f"--config={RECIPE}:tiny", f"--workdir={scheme}://bucket/run"]
+    fails(capsys, given, f"--workdir={scheme}://bucket/run is not a folder", "Mount it")
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_file(train, tmp_path):

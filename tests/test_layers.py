@@ -52,6 +52,11 @@ PROGRAM = {
     "stop_signal",
     "guards",
     "distributed",
+    "peers",
+    "peer_hub",
+    "process_end",
+    "requirements",
+    "workdir_lock",
 }
 # The front doors that users call may reach everything.
 DOORS = {"loading", "predict", "tools"}

@@ -26,8 +26,32 @@ def test_schedule_shapes():
     assert float(constant(0)) == float(constant(9)) == 0.5
     with pytest.raises(ValueError, match="triangle"):
         optim.make_schedule(optim.OptimConfig(schedule="triangle"), 10)
-    with pytest.raises(ValueError, match="warmup_steps=20 is longer"):
+    with pytest.raises(ValueError, match="warmup_steps=20 is longer than train.steps=10"):
         optim.make_schedule(optim.OptimConfig(warmup_steps=20), 10)
+    with pytest.raises(ValueError, match="warmup_steps=20 is longer than optim.decay_steps=15"):
+        optim.make_schedule(optim.OptimConfig(warmup_steps=20, decay_steps=15), 100)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(lr=-1e-3), "lr=-0.001 must be at least 0"),
+        (dict(lr=float("nan")), "lr=nan must be at least 0"),
+        (dict(end_lr=float("inf")), "end_lr=inf must be"),
+        (dict(warmup_steps=-1), "warmup_steps=-1 must be at least 0"),
+        (dict(b2=1.0), "b2=1.0 must be between 0 and 1"),
+        (dict(eps=0.0), "eps=0.0 must be positive"),
+        (dict(ema=1.5), "ema=1.5 must be between"),
+        (dict(clip_norm=-1.0), "clip_norm=-1.0"),
+        (dict(lr_scale={"head": "fast"}), "head='fast' must be at least 0"),
+        (dict(lr_scale={"(": 1.0}), "lr_scale key=.* is not a regular expression"),
+        (dict(trainable="layers/("), "trainable=.* is not a regular expression"),
+        (dict(moment_dtype="int8"), "moment_dtype='int8' is none of"),
+    ],
+)
+def test_impossible_settings_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        optim.OptimConfig(**fields)
 
 
 def test_selectors():

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vlm_jax import config as config_lib
 from vlm_jax import main as main_lib
-from vlm_jax import run, sharding
+from vlm_jax import optim, run, sharding
 from vlm_jax import task as task_lib
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -45,11 +45,42 @@ def read(name, tmp_path, *overrides):
     return run.read_recipe(values["config"].value, tmp_path)
 
 
-FORMS = [(name, form) for name in RECIPES for form in ("", ":tiny")]
-FORMS += [(name, form) for name in OWN for form in ("", ":released")]
-FORMS += [("vqgan_f16", ":decoder"), ("vqgan_f16", ":tiny_decoder")]
-FORMS += [("lvm_incontext", ":tokenizer")]
-FORMS += [("lvm_3b", ":small"), ("lvm_3b", ":reference")]
+# Steps, warm-up, updates until the end of the decay, peak learning rate, rows, parts of a batch.
+LVM = (200_000, 8_000, 200_000, 1.5e-4, 512, 1)
+LVM_7B = (100_000, 8_000, 288_000, 1.5e-4, 128, 4)  # the published command
+LVM_TINY, LVM_SMALL = (600, 20, 600, 5e-3, 8, 1), (600, 50, 600, 4e-3, 8, 1)
+NXTP_TINY = (160, 10, 160, 1e-3, 16, 1)
+SCHEDULES = {
+    (f"lvm_{size}", form): numbers
+    for size in ("300m", "600m", "1b", "3b", "7b")
+    for form, numbers in {
+        "": LVM_7B if size == "7b" else LVM,
+        ":reference": LVM_7B if size == "7b" else LVM,
+        ":small": LVM_SMALL,
+        ":tiny": LVM_TINY,
+    }.items()
+} | {
+    ("lvm_incontext", ""): (3_000, 150, 3_000, 2e-3, 256, 1),
+    ("lvm_incontext", ":tokenizer"): (6_000, 100, 6_000, 2e-3, 128, 1),
+    ("lvm_incontext", ":tiny"): (60, 10, 60, 4e-3, 8, 1),
+    ("nxtp_g3m", ""): (21_360, 2_000, 21_360, 1e-5, 512, 1),
+    ("nxtp_g3m", ":tiny"): NXTP_TINY,
+    ("nxtp_g70m", ""): (414_138, 2_000, 414_138, 1e-5, 512, 1),
+    ("nxtp_g70m", ":tiny"): NXTP_TINY,
+    ("nxtp_in1k", ""): (50_045, 2_000, 50_045, 1e-5, 128, 1),
+    ("nxtp_in1k", ":tiny"): NXTP_TINY,
+    ("lvm_own", ""): LVM_TINY,
+    ("lvm_own", ":released"): (500, 20, 500, 1e-5, 8, 1),
+    ("nxtp_own", ""): NXTP_TINY,
+    ("nxtp_own", ":released"): (1_000, 100, 1_000, 1e-5, 32, 1),
+    ("vqgan_own", ""): (400, 20, 400, 5e-4, 8, 1),
+    ("vqgan_own", ":released"): (200_000, 1_000, 200_000, 5e-5, 256, 1),
+    ("vqgan_f16", ""): (1_000_000, 5_000, 1_000_000, 1e-4, 256, 1),
+    ("vqgan_f16", ":decoder"): (200_000, 1_000, 200_000, 5e-5, 256, 1),
+    ("vqgan_f16", ":tiny"): (1_500, 30, 1_500, 3e-3, 8, 1),
+    ("vqgan_f16", ":tiny_decoder"): (300, 20, 300, 1e-3, 8, 1),
+}
+FORMS = sorted(SCHEDULES)
 
 
 @pytest.mark.parametrize("name, form", FORMS)
@@ -82,9 +113,30 @@ def test_one_path_reaches_every_section(name, tmp_path):
         read(f"{name}.py", tmp_path)
 
 
-def test_a_recipe_refuses_another_argument(tmp_path):
-    with pytest.raises((ValueError, flags.Error), match="neither '' nor 'tiny'"):
-        read("lvm_3b.py:huge", tmp_path)
+@pytest.mark.parametrize("name, form", FORMS)
+def test_the_schedule_that_is_run(name, form, tmp_path):
+    own = ["--config.path=/somewhere"] if name in OWN else []
+    recipe = read(f"{name}.py{form}", tmp_path, *own)
+    steps, warmup, decay, lr, rows, parts = SCHEDULES[name, form]
+    settings = recipe.train, recipe.optim
+    assert (settings[0].steps, settings[0].batch_size) == (steps, rows)
+    assert (settings[0].accumulate, settings[1].warmup_steps) == (parts, warmup)
+    schedule = optim.make_schedule(recipe.optim, steps)
+    assert float(schedule(0)) == 0.0
+    assert float(schedule(warmup)) == pytest.approx(lr)
+    halfway = (lr + recipe.optim.end_lr) / 2  # of a cosine, and not at another place
+    assert float(schedule(warmup + (decay - warmup) // 2)) == pytest.approx(halfway, rel=0.02)
+    assert float(schedule(decay)) == pytest.approx(recipe.optim.end_lr, rel=1e-5, abs=1e-12)
+
+
+def test_every_recipe_is_listed():
+    assert {name for name, _ in FORMS} == {*RECIPES, *OWN}
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *OWN])
+def test_a_recipe_refuses_another_argument(name, tmp_path):
+    with pytest.raises((ValueError, flags.Error), match="argument 'tinyy' is n"):
+        read(f"{name}.py:tinyy", tmp_path)
 
 
 # Compiles the update of every preset on 8 devices, without allocating anything. In a process of

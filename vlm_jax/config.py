@@ -9,10 +9,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+POSITIVE = (math.ulp(0.0), math.inf)  # limits of `check_ranges`
 
 
 class ConfigError(ValueError):
@@ -130,6 +134,34 @@ def _fits(value: Any, hint: Any) -> bool:
     if expected in (tuple, list):
         return isinstance(value, (tuple, list))
     return not isinstance(expected, type) or isinstance(value, expected)
+
+
+def check_ranges(values: Any, **ranges: tuple[float, float]) -> None:
+    """Raises ValueError unless each named field is a finite number between its two limits.
+
+    NaN and infinities are outside of every range, and so is what is no number. A limit of +-inf
+    is none.
+    """
+    problems = []
+    for name, (low, high) in ranges.items():
+        value = values[name] if isinstance(values, Mapping) else getattr(values, name)
+        if _fits(value, float) and math.isfinite(value) and low <= value <= high:
+            continue
+        if (low, high) == POSITIVE:
+            limits = "positive"
+        else:
+            limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        problems.append(f"{name}={value!r} must be {limits}")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def check_regex(name: str, pattern: str) -> None:
+    """Raises ValueError unless `pattern` is a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}={pattern!r} is not a regular expression: {error}") from error
 
 
 def check_divides(whole_name: str, whole: int, part_name: str, part: int, remedy: str = "") -> None:

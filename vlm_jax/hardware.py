@@ -1,10 +1,15 @@
-"""Peak arithmetic and memory bandwidth of accelerators, per jax device.
+"""The devices of this machine, and the peak arithmetic and memory bandwidth of known ones.
 
 Dense bfloat16, without sparsity, as the maker states them; what a program reaches is less. A TPU
 generation whose chip shows up as two jax devices (v2, v3, 7x) has half a chip's figure here.
 """
 
 import dataclasses
+import os
+
+import jax
+
+from vlm_jax import config as config_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +48,24 @@ PEAKS = {
     "NVIDIA H200 NVL": Peak(835e12, 4800e9),
     "NVIDIA B200": Peak(2250e12, 8000e9),
 }
+
+
+def require_devices() -> None:
+    """Starts jax's backend.
+
+    Raises:
+      ConfigError: JAX_PLATFORMS asks for devices that are not there, or the backend does not start.
+    """
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        asked = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
+        cause = str(error).splitlines()[0]
+        raise config_lib.ConfigError(
+            f"jax finds no device: JAX_PLATFORMS={asked!r}: {cause}. Unset JAX_PLATFORMS to use "
+            "what is there, set it to 'cpu', or install the jax of the device (pip install "
+            "'vlm_jax[cuda]' or 'vlm_jax[tpu]')"
+        ) from error
 
 
 def peak(device) -> Peak | None:

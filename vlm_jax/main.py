@@ -9,57 +9,114 @@ The same command run again continues from the newest good checkpoint. On several
 every host: TPU pods, SLURM and MPI are found by themselves, elsewhere give --coordinator,
 --num_processes and --process_id. Recipes are looked up in the current folder first, then among
 those shipped with the package, which recipes anywhere import by `from configs import lvm_3b`.
+
+Exit status: 0 done, or saved because SIGTERM or Ctrl-C asked to stop; 1 an error in the code; 2
+something to mend (the message says what); 3 another process of the job failed (its message is
+repeated); 130 and 143 Ctrl-C and SIGTERM before there was anything to save.
 """
 
 import os
 import pathlib
+import re
+import signal
 import sys
+import traceback
 
-from absl import flags
-from ml_collections import config_flags
-
-from vlm_jax import console, recipes
+from vlm_jax import console, process_end, recipes, requirements, stop_signal
 
 
 def main(argv=None):
     """Parses flags, then runs; user errors end in one message and exit status 2, not a trace."""
+    stop = stop_signal.StopSignal(_leave)
     console.tolerate_any_text()
-    argv = _locate_recipe(list(sys.argv if argv is None else argv))
+    try:
+        values = _parse(list(sys.argv if argv is None else argv))
+        if values:
+            _run(values, stop)
+    finally:
+        stop.restore()
+
+
+def _run(values, stop):
+    from ml_collections import config_flags
+
+    # Heavy imports only now: --help and a mistyped flag answer at once.
+    distributed, program = _import_program()
+    try:
+        with distributed.job(values.coordinator, values.num_processes, values.process_id) as peers:
+            stop.join(peers)
+            program.run(
+                values.config,
+                pathlib.Path(values.workdir),
+                mode=values.mode,
+                stop=stop,
+                given=config_flags.get_override_values(values["config"]),
+            )
+    except program.USER_ERRORS as error:
+        if os.environ.get("VLM_JAX_TRACE"):
+            traceback.print_exc()
+        message = f"error: {error}\n(set VLM_JAX_TRACE=1 for the trace)"
+        distributed.end(getattr(error, "exit_status", process_end.USER_ERROR), message)
+    except Exception:
+        traceback.print_exc()
+        distributed.end(1)
+
+
+def _import_program():
+    try:
+        if problems := requirements.unmet():
+            raise ImportError("; ".join(problems))
+        from vlm_jax import distributed
+        from vlm_jax import run as program
+    except (ImportError, AttributeError, TypeError, RuntimeError) as error:
+        if os.environ.get("VLM_JAX_TRACE"):
+            raise
+        _fail(requirements.explain(error))
+    return distributed, program
+
+
+def _leave(number):
+    name = signal.Signals(number).name
+    process_end.end(
+        process_end.SIGNAL + number, f"stopped by {name}: nothing new was there to be saved"
+    )
+
+
+def _parse(argv):
+    """Values of the flags; None when it was help or a description that was asked for."""
+    from absl import flags
+
+    argv = _locate_recipe(argv)
     values = _define_flags(argv)
     if {"-h", "-help", "--help"} & set(argv[1:]):
         print(f"{__doc__}\n{values.get_help()}")
-        return
+        return None
     try:
-        values(argv)
-    except (flags.Error, OSError, AttributeError, TypeError, ValueError) as error:
-        _fail(str(error))
+        rest = values(argv)[1:]
     except KeyError as error:  # an override below a section that the recipe has not
         message = str(error.args[0]).replace("\n", ". ")
         _fail(f"unknown key in an override of --config: {message}")
-    if values.describe and values["config"].value is not None:
-        _describe(values.config)
-        return
-    if values["config"].value is None or not values.workdir:
-        _fail("both --config and --workdir are needed; --help shows the use")
-
-    # Heavy imports only now: --help and a mistyped flag answer at once.
-    from vlm_jax import run as program
-
-    try:
-        program.run(
-            values.config,
-            pathlib.Path(values.workdir),
-            mode=values.mode,
-            coordinator=values.coordinator,
-            num_processes=values.num_processes,
-            process_id=values.process_id,
-            given=config_flags.get_override_values(values["config"]),
-        )
-    except program.USER_ERRORS as error:
+    except flags.Error as error:
+        _fail(_without_trace(str(error)))
+    except Exception as error:  # a recipe is Python and may raise anything
         if os.environ.get("VLM_JAX_TRACE"):
             raise
-        status = getattr(error, "exit_status", 2)
-        _fail(f"{error}\n(set VLM_JAX_TRACE=1 for the trace)", status)
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        recipe = next((x for x in argv if x.startswith("--config")), "--config")
+        _fail(f"{recipe}: {type(error).__name__}: {error} ({last.filename}:{last.lineno})")
+    if rest:
+        _fail(_explain_rest(rest, values))
+    if values.describe and values["config"].value is not None:
+        _describe(values.config)
+        return None
+    if values["config"].value is None or not values.workdir:
+        _fail("both --config and --workdir are needed; --help shows the use")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", values.workdir):
+        _fail(
+            f"--workdir={values.workdir} is not a folder: buckets are not written to directly. "
+            "Mount it (gcsfuse, s3fs, ...) and give the mounted folder"
+        )
+    return values
 
 
 def _describe(config):
@@ -72,7 +129,30 @@ def _describe(config):
         _fail(str(error))
 
 
+def _without_trace(message):
+    """ml_collections puts what a recipe raises into its message, as the text of a trace."""
+    if "Traceback" not in message:
+        return message
+    lines = message.strip().splitlines()
+    return f"{lines[0].partition(': Error whilst')[0]}: {lines[-1]}"
+
+
+def _explain_rest(rest, values):
+    first = rest[0].lstrip("-")
+    if rest[0].startswith("-"):
+        return f"argument {rest[0]!r} would be ignored behind a bare '--': leave that out"
+    name = first.partition("=")[0]
+    if name.partition(".")[0] in (values["config"].value or ()):
+        first = f"config.{first}"
+    if "=" in first and (first.startswith("config.") or name in values):
+        return f"argument {rest[0]!r} would be ignored; did you mean --{first}?"
+    return f"argument {rest[0]!r} is not understood: arguments look like --name=value"
+
+
 def _define_flags(argv):
+    from absl import flags
+    from ml_collections import config_flags
+
     values = flags.FlagValues()
     # Not locked: a recipe need not list every field. The dataclass that reads a section refuses
     # unknown keys and wrong types, whether they come from the file or from the command line.
@@ -110,6 +190,11 @@ def _locate_recipe(argv):
         else:
             continue
         path, _, arg = name.partition(":")
+        if path.endswith(".json"):
+            _fail(
+                f"--config={path} is no recipe but the record of one: give the Python file that "
+                "the run was started with ('command' in the record)"
+            )
         try:
             recipe = recipes.find(path)
         except FileNotFoundError as error:
@@ -119,9 +204,9 @@ def _locate_recipe(argv):
     return argv
 
 
-def _fail(message, status=2):
+def _fail(message):
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(status)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

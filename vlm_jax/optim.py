@@ -7,6 +7,7 @@ What is trained, what decays and at which rate are regular expressions over para
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -56,6 +57,25 @@ class OptimConfig:
     ema: float = 0.0
     moment_dtype: str = "float32"
 
+    def __post_init__(self):
+        not_negative, below_1 = (0, math.inf), (0, math.nextafter(1.0, 0.0))
+        amounts = ("lr", "end_lr", "warmup_steps", "decay_steps", "weight_decay", "clip_norm")
+        config_lib.check_ranges(
+            self,
+            **dict.fromkeys(amounts, not_negative),
+            **dict.fromkeys(("b1", "b2", "ema"), below_1),
+            eps=config_lib.POSITIVE,
+        )
+        config_lib.check_ranges(self.lr_scale, **dict.fromkeys(self.lr_scale, not_negative))
+        for name in ("decay", "trainable"):
+            config_lib.check_regex(name, getattr(self, name))
+        for pattern in self.lr_scale:
+            config_lib.check_regex("lr_scale key", pattern)
+        if self.moment_dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(
+                f"moment_dtype={self.moment_dtype!r} is none of float32, bfloat16, float16"
+            )
+
 
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     """Update count -> learning rate.
@@ -65,9 +85,14 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     """
     decay_steps = config.decay_steps or total_steps
     if config.warmup_steps > decay_steps:
+        whole = (
+            f"optim.decay_steps={decay_steps}, which counts the warm-up"
+            if config.decay_steps
+            else f"train.steps={decay_steps}, and optim.decay_steps=0 takes all of these"
+        )
         raise config_lib.ConfigError(
-            f"optim.warmup_steps={config.warmup_steps} is longer than optim.decay_steps="
-            f"{decay_steps}, which counts the warm-up"
+            f"optim.warmup_steps={config.warmup_steps} is longer than {whole}: set "
+            f"optim.warmup_steps to at most {decay_steps} too"
         )
     rest = max(decay_steps - config.warmup_steps, 1)
     shapes = {

@@ -5,6 +5,7 @@ Split from `main` so that flags are answered before jax is imported.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -15,15 +16,17 @@ import jax
 
 from vlm_jax import (
     checkpoints,
-    distributed,
     evaluate,
     evaluate_alone,
+    hardware,
     optim,
     provenance,
     resume,
     scores,
     sharding,
+    stop_signal,
     train,
+    workdir_lock,
 )
 from vlm_jax import config as config_lib
 from vlm_jax import task as task_lib
@@ -40,6 +43,7 @@ USER_ERRORS = (
     records.MissingExtraError,
     train.TrainingStopped,
     scores.EvaluationError,
+    workdir_lock.WorkdirInUse,
 )
 
 
@@ -104,26 +108,24 @@ def run(
     workdir: pathlib.Path,
     *,
     mode: str = "train",
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
+    stop: stop_signal.StopSignal | None = None,
     given: Collection[str] | None = None,
 ) -> dict[str, float]:
     """Does what `python -m vlm_jax.main` says; returns the last metrics.
 
     Args:
       config: the recipe, a ConfigDict.
-      workdir: folder of the run.
+      workdir: folder of the run; training holds its lock meanwhile.
       mode: "train" or "evaluate".
-      coordinator, num_processes, process_id: see `distributed.initialize`.
+      stop: says when to save and stop; None is Ctrl-C and SIGTERM to this process.
       given: keys of the recipe given on the command line ("init.run"); None counts all as given.
     """
     workdir = workdir.expanduser().absolute()
     recipe = read_recipe(config, workdir)
+    hardware.require_devices()
     system = task_lib.resolve(recipe.system, "systems")
     try:
         task, formatter = _make(system, recipe)
-        distributed.initialize(coordinator, num_processes, process_id)
         mesh = sharding.make_mesh(recipe.mesh)
         evaluate.make(recipe.evals)
         optim.make_schedule(recipe.optim, recipe.train.steps)
@@ -134,7 +136,6 @@ def run(
         raise config_lib.ConfigError(str(error)) from error
     _check_batches(recipe, mesh)
     subject = evaluate_alone.find(recipe, workdir, given) if mode == "evaluate" else None
-    _prepare(system, recipe, workdir)
 
     named = {"model": recipe.model, "task": recipe.task, "formatter": recipe.formatter}
     common = dict(
@@ -147,11 +148,21 @@ def run(
         },
         make=lambda other: _make(system, read_recipe(other, workdir)),
     )
-    if subject:
+    if subject:  # writes results only, so that a running workdir may be evaluated
+        _prepare(system, recipe, workdir)
         return evaluate_alone.run(subject, recipe, task, formatter, workdir, **common)
-    getattr(task, "check_data", lambda *_: None)(recipe.data, formatter, "data")
     step_fn = getattr(system, "make_train_step", train.make_train_step)
-    return train.fit(recipe, task, formatter, workdir, step_fn=step_fn, **common)
+    with _only_run(workdir):
+        _prepare(system, recipe, workdir)
+        getattr(task, "check_data", lambda *_: None)(recipe.data, formatter, "data")
+        return train.fit(recipe, task, formatter, workdir, step_fn=step_fn, stop=stop, **common)
+
+
+def _only_run(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
+    """The lock of the work directory; the other processes of a job hear when the first fails."""
+    if jax.process_index() == 0:
+        return workdir_lock.WorkdirLock(workdir)
+    return contextlib.nullcontext()
 
 
 def _make(system: Any, recipe: Recipe) -> tuple[Any, Any]:

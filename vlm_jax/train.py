@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
@@ -34,6 +35,7 @@ from vlm_jax import (
     update,
     workdir_files,
 )
+from vlm_jax import config as config_lib
 from vlm_jax import evaluate as evaluate_lib
 from vlm_jax.data import pipeline
 from vlm_jax.ops import partition
@@ -76,9 +78,14 @@ class TrainConfig:
 
     def __post_init__(self):
         guards.make(self.guards)
-        for name in ("steps", "batch_size", "accumulate", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        counts = ("steps", "batch_size", "accumulate", "log_every", "keep_last")
+        config_lib.check_ranges(
+            self,
+            **dict.fromkeys(counts, (1, math.inf)),
+            save_every=(0, math.inf),
+            milestone_every=(0, math.inf),
+            seed=(0, 2**63 - 1),
+        )
         if self.failed_evaluation not in scores.ON_FAILURE:
             raise ValueError(
                 f"failed_evaluation={self.failed_evaluation!r} is none of "
@@ -111,6 +118,7 @@ def fit(
     meta: Mapping[str, Any] | None = None,
     step_fn: Callable = make_train_step,
     make: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None,
+    stop: stop_signal.StopSignal | None = None,
 ) -> dict[str, float]:
     """Trains to `recipe.train.steps`, resuming by itself; returns the last metrics.
 
@@ -123,6 +131,7 @@ def fit(
       meta: saved with every checkpoint (resolved config, versions, git revision).
       step_fn: builds the update; see `make_train_step`.
       make: config -> (task, formatter), to compare with what a checkpoint was trained with.
+      stop: says when to save and stop; None is Ctrl-C and SIGTERM to this process.
 
     Raises:
       TrainingStopped: a loss, gradient or parameter is NaN or infinite, or a guard tripped.
@@ -131,6 +140,7 @@ def fit(
     """
     with contextlib.ExitStack() as closing:  # last opened, first closed
         run = _Run(recipe, task, formatter, workdir, mesh, dict(meta or {}), closing)
+        run.stop = stop
         run.find_start(make)
         run.open_data()
         if run.is_over():
@@ -315,8 +325,9 @@ class _Run:
             config.failed_evaluation,
             self.save,
         )
-        self.stop = stop_signal.StopSignal()
-        closing.callback(self.stop.restore)
+        if self.stop is None:
+            self.stop = stop_signal.StopSignal()
+            closing.callback(self.stop.restore)
 
     # ---- training ---------------------------------------------------------------------------
 

@@ -1,4 +1,9 @@
 import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
 import threading
 import time
 
@@ -126,6 +131,47 @@ def test_errors_of_worker_processes_arrive(tmp_path):
     with pipeline.make_batches(config, TOKENS, batch_size=2, seed=0) as batches:
         with pytest.raises(records.DataError, match=r"b\.jsonl:1: token id 99"):
             next(batches)
+
+
+TRAINER = """
+import multiprocessing, sys, time
+import numpy as np
+from vlm_jax.data import pipeline
+
+class Formatter:
+    def __call__(self, record, rng):
+        return {"x": np.ones(100_000, np.float32)}  # large enough for shared memory
+
+if __name__ == "__main__":
+    mixture = {"a": {"type": "jsonl", "path": sys.argv[1]}}
+    config = pipeline.DataConfig(mixture=mixture, num_workers=2)
+    batches = pipeline.make_batches(config, Formatter(), batch_size=4, seed=0)
+    next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks into /proc")
+def test_workers_and_shared_memory_end_with_a_killed_trainer(tmp_path):
+    source = write(tmp_path / "a.jsonl", range(8))["path"]
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    command = [sys.executable, str(tmp_path / "trainer.py"), str(source)]
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        workers = list(map(int, trainer.stdout.readline().split()))
+        assert len(workers) == 2
+        maps = [pathlib.Path(f"/proc/{pid}/maps").read_text() for pid in (trainer.pid, *workers)]
+        shared = set(re.findall(r"/dev/shm/psm_\S+", "".join(maps)))
+        assert shared
+    finally:
+        trainer.kill()
+    deadline = time.monotonic() + 60
+    left = [f"/proc/{pid}" for pid in workers] + sorted(shared)
+    while any(map(os.path.exists, left)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [path for path in left if os.path.exists(path)]
 
 
 def test_epochs_mixtures_and_augmentation(mixture):

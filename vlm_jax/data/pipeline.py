@@ -17,6 +17,10 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
+import multiprocessing
+import os
+import signal
 import sys
 import threading
 import zlib
@@ -25,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlm_jax import config as config_lib
 from vlm_jax.data import order, packing, records, sidecar, sources
 
 _MAX_CAUSE = 500  # letters of a message that are kept: records may hold anything
@@ -67,8 +72,13 @@ class DataConfig:
             weight = entry.get("weight", 1.0)
             if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
                 raise ValueError(f"mixture.{name}.weight={weight!r} must be a positive number")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not in [0, 1]")
+        config_lib.check_ranges(
+            self,
+            num_threads=(0, 1024),
+            num_workers=(0, 1024),
+            prefetch_batches=(0, math.inf),
+            max_bad_fraction=(0, 1),
+        )
 
 
 @dataclasses.dataclass
@@ -260,9 +270,27 @@ def _run_ahead(config: DataConfig, elements: Any, rows: int) -> Iterator[_Row]:
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=config.num_workers, per_worker_buffer_size=ahead
-            )
+            ),
+            worker_init_fn=_begin_worker,
         )
     return iter(dataset)
+
+
+def _begin_worker(index: int, count: int) -> None:
+    """Ties a worker process to its trainer, however that ends.
+
+    The trainer ends its workers itself, except when it is killed. Once the last of them has gone,
+    Python's resource tracker frees their shared memory.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's affair
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 class _Row(NamedTuple):
