@@ -10,7 +10,7 @@ labels and of the nearest training photo, and drawn in eval/*/heldout/labels.png
 photo, with `--config.evals.heldout.k=5` five.
 
 Three blocks of the real SmolLM2 learn behind a frozen, real VGG16 at 64 pixels: four minutes on two
-cores. `--config.init.upstream= --config.init.run=RUN` starts from another run.
+cores. `--config.init.run=RUN` starts from another run.
 
     python -m vlm_jax.main --config=configs/nxtp_own.py:released --config.path=FOLDER \
         --config.init.upstream="nxtp=ckpt_epoch_03.pth,clip=ViT-L-14.pt" \

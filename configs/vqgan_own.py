@@ -7,8 +7,7 @@ small tokenizer that ships in the package (64 pixels, 256 tokens of 1,024 codes)
 two cores. A fifth of the files, chosen by their content, is held out; its reconstructions are
 scored beside a thumbnail of as many pixels as there are tokens, and drawn in
 eval/*/heldout/reconstructions.png. From scratch: `--config.init.upstream=`, with
-`--config.optim.lr=3e-3 --config.train.steps=1500`; from another run: `--config.init.upstream=
---config.init.run=RUN`.
+`--config.optim.lr=3e-3 --config.train.steps=1500`; from another run: `--config.init.run=RUN`.
 
     python -m vlm_jax.main --config=configs/vqgan_own.py:released --config.path=FOLDER \
         --config.init.upstream=vqvae_ckpts --workdir=...
