@@ -31,6 +31,7 @@ PROGRAM = {
     "recipes",
     "run",
     "train",
+    "what_next",
     "update",
     "workdir_files",
     "evaluate",

@@ -157,6 +157,20 @@ def test_elsewhere_plain_lines_now_and_then(monkeypatch):
     assert shown == ["1/10", "3/10", "10/10"] and "\r" not in stream.getvalue()
 
 
+def test_the_first_updates_are_shown_at_once(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    bar = progress.Progress(20, 82, stream=stream)
+    for step, at_s in ((21, 112.5), (22, 114.5)):
+        now[0] = at_s
+        bar.begin(step, 3.0)
+    assert stream.getvalue().splitlines() == [
+        "step 21/82  loss 3  first update in 12.5 s, most of it compiling",
+        "step 22/82  loss 3  2 s per update  ETA 2:00",
+    ]
+
+
 def test_speed_leaves_out_the_time_of_evaluations(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

@@ -32,7 +32,7 @@ class Progress:
         peak_flops: float | None = None,
         stream=None,
     ):
-        self._total = total
+        self._start, self._total = start, total
         self._unit, self._units_per_step = units
         self._flops_per_step = flops_per_step
         self._peak_flops = peak_flops
@@ -59,6 +59,20 @@ class Progress:
         if self._flops_per_step and self._peak_flops:
             speed["speed/mfu"] = rate * self._flops_per_step / self._peak_flops
         return speed
+
+    def begin(self, step: int, loss: float) -> None:
+        """Shows the first updates at once: how long they took, and how long the rest will."""
+        self.resume()
+        steps, seconds = step - self._mark[0], time.monotonic() - self._mark[1]
+        text = f"step {step}/{self._total}  loss {loss:.4g}  "
+        if step == self._start + 1:
+            text += f"first update in {seconds:.3g} s, most of it compiling"
+            self.restart(step)
+        else:
+            left_s = (self._total - step) * seconds / steps
+            text += f"{seconds / steps:.3g} s per update  ETA {_clock(left_s)}"
+        if self._shows:
+            print(text, file=self._stream, flush=True)
 
     def restart(self, step: int) -> None:
         """Forgets the time until now: the first step is mostly compilation."""

@@ -33,6 +33,7 @@ from vlm_jax import (
     starting_point,
     stop_signal,
     update,
+    what_next,
     workdir_files,
 )
 from vlm_jax import config as config_lib
@@ -151,6 +152,8 @@ def fit(
         run.make_up_for_evaluations()
         run.train()
         run.scorer.report()
+    for line in what_next.lines(run.workdir, recipe.system, run.step):
+        _say(line)
     return run.last
 
 
@@ -381,13 +384,15 @@ class _Run:
                 f"{problem.rstrip('.')}. Checkpoints of earlier steps are in {self.workdir}; after "
                 f"changing the recipe the same command continues from the newest"
             )
-        if step == self.start + 1:
-            self.bar.restart(step)  # until here it was compiled
-        if step % self.config.log_every == 0 or step == self.config.steps:
+        logs = step % self.config.log_every == 0 or step == self.config.steps
+        if step == self.start + 1 or (step == self.start + 2 and not logs):
+            self.bar.begin(step, values["loss"])
+        if logs:
             speed = self.bar.speed(step)
             named = {f"train/{key}": value for key, value in values.items()}
             self.writer.write(step, {**named, **speed})
-            self.bar.update(step, values["loss"], speed)
+            if speed:
+                self.bar.update(step, values["loss"], speed)
             self.last.update(values)
 
     def save(self) -> None:

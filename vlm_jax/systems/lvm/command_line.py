@@ -24,6 +24,8 @@ from vlm_jax.datasets import visual_prompts
 
 _CHUNK = 64  # prompts in memory at once; the device takes fewer
 
+EXAMPLE = "--continue a.png b.png"  # what a finished run suggests
+
 
 def add_arguments(parser):
     """Adds the arguments of this system."""

@@ -30,6 +30,8 @@ _PRINTED = 20  # photos whose labels are printed
 _COLUMNS = ("id", "rank", "label", "score")
 _OPTIONS = ("k", "max_tokens", "ranking", "threshold", "prompt")
 
+EXAMPLE = "--image photo.jpg"  # what a finished run suggests
+
 
 def add_arguments(parser):
     """Adds the arguments of this system."""
