@@ -34,6 +34,7 @@ def test_contents(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in ROOT.glob("vlm_jax/**/*.py"):
         assert str(path.relative_to(ROOT)) in names
+    assert "vlm_jax/py.typed" in names
     for path in ROOT.glob("configs/*.py"):
         assert f"vlm_jax/configs/{path.name}" in names
     for path in (ROOT / "vlm_jax" / "assets").rglob("*"):

@@ -64,7 +64,12 @@ class Contents(shard_files.Files):
 
 
 class ArrayRecord(Contents):
-    """ArrayRecord files, one msgpack dict a record (or raw bytes)."""
+    """ArrayRecord files, one msgpack dict a record (or raw bytes).
+
+    Args:
+      path: see `shard_files.find_files`.
+      decode: "msgpack", or "raw": the record is {"bytes": ...}.
+    """
 
     def __init__(self, path: str | os.PathLike | Sequence[str], decode: str = "msgpack"):
         if decode not in ("msgpack", "raw"):
