@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.data import image_files, images
+from vlm_jax.data import image_files, images, records, streaming
 from vlm_jax.models import vqgan
 from vlm_jax.nn import functional
 from vlm_jax.ops import buckets
@@ -93,7 +93,7 @@ class ImageTokenizer:
         listed, single = images.one_or_many(pictures)
         if not listed:
             return np.zeros((0, self.cfg.tokens_per_image), np.int32)
-        image01 = [self._image01(picture, number) for number, picture in enumerate(listed)]
+        image01 = [self._image01(x, f"picture {number}") for number, x in enumerate(listed)]
         ids = self._in_buckets(self._functions[0], np.stack(image01))
         return ids[0] if single else ids
 
@@ -101,9 +101,45 @@ class ImageTokenizer:
         """`encode` of many pictures, floats rounded to bytes too."""
         return self.encode(images.as_images(pictures))
 
-    def _image01(self, picture: Any, number: int) -> np.ndarray:
-        name, array = f"picture {number}", images.host_array(picture)
-        shape = (self.side, self.side, 3)
+    def encode_stream(
+        self, pictures: Iterable[Any], *, batch_size: int = 0, on_error: str = "raise"
+    ) -> Iterator[Any]:
+        """Ids of any number of pictures, in their order, with few of them in memory.
+
+        Args:
+          pictures: as `encode` takes them; may have no end.
+          batch_size: pictures per device call; 0 is `max_batch`.
+          on_error: what becomes of one that cannot be used: "raise", or "yield" the error.
+
+        Yields:
+          int32[tokens_per_image] of each, or an ImageError.
+        """
+        size = batch_size or self.max_batch
+        small = streaming.prepared(pictures, self._image01, ahead=2 * size)
+        return streaming.apply(small, self.encode, size, on_error=on_error)
+
+    def decode_stream(
+        self, ids: Iterable[Any], *, batch_size: int = 0, on_error: str = "raise"
+    ) -> Iterator[Any]:
+        """Pictures of any number of ids, uint8[side, side, 3] each; as `encode_stream`."""
+        checked = (x if isinstance(x, Exception) else self._checked(x) for x in ids)
+        size = batch_size or self.max_batch
+        return streaming.apply(
+            checked, lambda batch: self.decode_u8(np.stack(batch)), size, on_error=on_error
+        )
+
+    def _checked(self, ids: Any) -> np.ndarray | records.BadRecordError:
+        """Ids of one picture, or why they are none."""
+        ids = np.asarray(ids)
+        wanted = self.cfg.tokens_per_image
+        if ids.shape != (wanted,) or not (0 <= ids.min() and ids.max() < self.cfg.num_embeddings):
+            return records.BadRecordError(
+                f"{ids.size} ids; {wanted} of 0..{self.cfg.num_embeddings - 1} are a picture"
+            )
+        return ids
+
+    def _image01(self, picture: Any, name: str = "picture") -> np.ndarray:
+        array, shape = images.host_array(picture), (self.side, self.side, 3)
         if array is not None and array.dtype.kind == "f" and array.shape == shape:
             image_files.check_range(array.min(), array.max(), name)
             return array.astype(np.float32)
