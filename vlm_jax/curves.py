@@ -152,6 +152,8 @@ def _draw_matplotlib(panels, lines, path: pathlib.Path, x_label: str) -> None:
         if panel.baselines:
             axes.legend(fontsize=7, frameon=False)
         axes.set_title(f"{panel.name}  (last {values[-1]:.4g})", fontsize=9, loc="left")
+        axes.ticklabel_format(useOffset=False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
