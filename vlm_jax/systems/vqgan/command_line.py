@@ -22,6 +22,8 @@ from vlm_jax.data import images, inputs, records, results
 
 _SHOWN = 32  # pictures on the grid
 
+EXAMPLE = "--image photo.jpg"  # what a finished run suggests
+
 
 def add_arguments(parser):
     """Adds the arguments of this system."""
