@@ -137,6 +137,20 @@ def test_pictures_of_every_kind_are_one_prompt(model, golden, tmp_path):
     np.testing.assert_array_equal(np.stack(several), np.stack([made, made]))
 
 
+def test_what_does_not_fit_is_said_and_whole_pairs_go(parts, golden):
+    model = lvm.Lvm(*parts, context_images=4)
+    assert [model.dropped(n) for n in (1, 3, 4, 9)] == [0, 0, 1, 6]
+    assert [model.dropped(n, pairs=True) for n in (3, 5, 7)] == [0, 2, 4]
+    assert lvm.Lvm(*parts, context_images=5).dropped(7, pairs=True) == 4  # 3 would split a pair
+    images_u8 = golden["vq.images_u8"][[0, 1, 0, 1, 1]]
+    with pytest.warns(UserWarning, match="first 2 of 5 images are not used: the context holds 4"):
+        made = model.continue_(list(images_u8), temperature=0.0)
+    np.testing.assert_array_equal(made, model.continue_(list(images_u8[2:]), temperature=0.0))
+    pairs = [tuple(images_u8[:2]), tuple(images_u8[2:4])]
+    with pytest.warns(UserWarning, match="first 2 of 5"):
+        np.testing.assert_array_equal(model.analogy(pairs, images_u8[4], temperature=0.0), made)
+
+
 def test_a_tokenizer_of_another_size_is_refused():
     with pytest.raises(ValueError, match="1024 codes, the language model needs 8192"):
         image_tokenizer.ImageTokenizer.load("tiny", codebook_size=8192)

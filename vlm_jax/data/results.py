@@ -114,6 +114,11 @@ class Results:
         """Closes the file."""
         self._stream.close()
 
+    def discard(self) -> None:
+        """Removes the file, when all of it stands elsewhere."""
+        self.path.unlink()
+        self._state.unlink()
+
     def _csv(self, rows: Sequence[Mapping[str, Any]]) -> bytes:
         text = io.StringIO(newline="")
         csv.DictWriter(text, self._columns).writerows(rows)

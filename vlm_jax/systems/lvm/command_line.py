@@ -1,10 +1,12 @@
 """LVM: continue images, complete an analogy, or answer a file of prompts.
 
     --continue a.png b.png c.png --n=2        the two images that follow
+    --continue clip.mp4 --clip_stride=8       the image that follows frames 0, 8, 16, 24
     --pair a.png a2.png --pair b.png b2.png --query=c.png
     --jsonl=prompts.jsonl --candidates=2 --resize_output=original
 
 Writes OUT/grid.png (prompt and candidates) and every new image as OUT/candidate_I_frame_J.png.
+Images that do not fit into the context are marked in the grid.
 
 --jsonl is the batch interface of the reference: a line is {"input": [paths], "output": path,
 "target": [paths]}, the target optional; relative inputs are taken from the folder of the file.
@@ -19,7 +21,7 @@ import pathlib
 import numpy as np
 
 from vlm_jax import loading
-from vlm_jax.data import images, records, tiling
+from vlm_jax.data import folders, images, records, tiling, video
 from vlm_jax.datasets import visual_prompts
 
 _CHUNK = 64  # prompts in memory at once; the device takes fewer
@@ -34,13 +36,16 @@ def add_arguments(parser):
     what.add_argument("--pair", action="append", nargs=2, metavar="IMAGE")
     what.add_argument("--jsonl", metavar="FILE")
     parser.add_argument("--query", metavar="IMAGE", help="with --pair")
+    parser.add_argument("--clip_start", type=int, default=0, help="first frame of a video")
+    parser.add_argument("--clip_stride", type=int, default=8, help="frames between two of them")
+    parser.add_argument("--clip_frames", type=int, default=4, help="frames of a video, at most")
     parser.add_argument("--n", type=int, default=1, help="new images")
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
     parser.add_argument("--top_k", type=int, default=50)
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    help_ = "with --jsonl: '', 'original' (size of the last input) or 'WIDTH,HEIGHT'"
+    help_ = "of new images: empty, 'original' (size of the last input) or 'WIDTH,HEIGHT'"
     parser.add_argument("--resize_output", default="", help=help_)
     help_ = "with --jsonl: put the inputs in front of the new images"
     parser.add_argument("--show_inputs", action="store_true", help=help_)
@@ -56,25 +61,50 @@ def predict(args):
     if args.jsonl:
         _predict_file(args)
         return
+    tiling.output_size(args.resize_output, (1, 1))
     # Decoded before the model is loaded: a wrong file should fail at once.
     paths = args.frames or [path for pair in args.pair for path in pair] + [args.query]
-    prompt = [images.as_image(path) for path in paths]
+    prompt, names = _read(paths, args)
     model = _load(args)
-    made = _continue(model, prompt, args, args.seed)
+    unused = model.dropped(len(prompt), pairs=bool(args.pair))
+    made = _continue(model, prompt[unused:], args, args.seed)
+    size = tiling.output_size(args.resize_output, prompt[-1].shape[:2]) or made.shape[2:4]
+    made = [[images.resize(image, size) for image in candidate] for candidate in made]
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for i, candidate in enumerate(made):
         for j, image in enumerate(candidate):
             (out / f"candidate_{i}_frame_{j}.png").write_bytes(images.encode(image))
-    shown = [images.resize(image, model.tokenizer.side) for image in prompt]
-    names = [pathlib.Path(path).name for path in paths] + [f"new {j + 1}" for j in range(args.n)]
+    names = [f"not used: {name}" if i < unused else name for i, name in enumerate(names)]
     grid = images.draw_grid(
-        [[*shown, *candidate] for candidate in made],
-        column_labels=names,
+        [[*prompt, *candidate] for candidate in made],
+        column_labels=[*names, *(f"new {j + 1}" for j in range(args.n))],
         row_labels=[f"candidate {i}" for i in range(len(made))],
     )
     (out / "grid.png").write_bytes(images.encode(grid))
-    print(f"wrote {out / 'grid.png'} and {made.shape[0] * made.shape[1]} images")
+    print(f"wrote {out / 'grid.png'} and {len(made) * args.n} images")
+    if unused:
+        print(f"the first {unused} of {len(prompt)} images do not fit into the context: not used")
+
+
+def _read(paths, args):
+    """The prompt's images and their names; of a video some frames."""
+    prompt, names = [], []
+    for path in paths:
+        name = pathlib.Path(path).name
+        if not name.lower().endswith(folders.VIDEOS):
+            prompt.append(images.as_image(path))
+            names.append(name)
+            continue
+        if args.pair:
+            raise ValueError(f"{path}: a pair is of images; --continue takes videos")
+        start, stride = args.clip_start, args.clip_stride
+        if min(start, stride - 1, args.clip_frames - 1) < 0:
+            raise ValueError("--clip_start, --clip_stride and --clip_frames cannot be so small")
+        frames_u8 = video.read_frames(path, start=start, stride=stride, count=args.clip_frames)
+        prompt.extend(frames_u8)
+        names.extend(f"{name} {start + i * stride}" for i in range(len(frames_u8)))
+    return prompt, names
 
 
 def _predict_file(args):

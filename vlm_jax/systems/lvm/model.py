@@ -12,6 +12,7 @@ those of the reference: temperature 1 and, through a default of the library that
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,8 +86,12 @@ class Lvm:
 
         Raises:
           ValueError: an empty prompt, images of the wrong form, n or candidates below 1.
+
+        Warns:
+          UserWarning: images that do not fit into the context are not used, see `dropped`.
         """
         prompts, single = _as_prompts(frames)
+        prompts = [self._fitting(prompt) for prompt in prompts]
         ids = self.continue_ids(
             self._ids(prompts),
             n,
@@ -126,7 +131,8 @@ class Lvm:
         for batch, last in zip(batches, queries):
             if not len(batch) or any(len(pair) != 2 for pair in batch):
                 raise ValueError("pairs must be a non-empty list of (image, image)")
-            prompts.append([image for pair in batch for image in pair] + [last])
+            prompt = [image for pair in batch for image in pair] + [last]
+            prompts.append(self._fitting(prompt, pairs=True))
         made = self.continue_(prompts, 1, **options)
         return made[0] if single else made
 
@@ -146,6 +152,26 @@ class Lvm:
         if len(contexts) != len(targets):
             raise ValueError(f"{len(contexts)} contexts for {len(targets)} targets")
         return self.perplexity_ids(self._ids(contexts), self._ids(targets))
+
+    def dropped(self, count: int, *, pairs: bool = False) -> int:
+        """How many of the first images of a prompt do not fit into the context before a new one.
+
+        Args:
+          count: of the images.
+          pairs: they are pairs and a query; then whole pairs are dropped.
+        """
+        over = max(0, count - (self.context_images - 1))
+        return over + over % 2 if pairs else over
+
+    def _fitting(self, prompt: list[Any], *, pairs: bool = False) -> list[Any]:
+        unused = self.dropped(len(prompt), pairs=pairs)
+        if unused:
+            warnings.warn(
+                f"the first {unused} of {len(prompt)} images are not used: the context holds "
+                f"{self.context_images}, the new one included",
+                stacklevel=3,
+            )
+        return prompt[unused:]
 
     # ---- the same on ids ---------------------------------------------------------------------
 

@@ -5,11 +5,11 @@
     --image PHOTOS --out labels.jsonl                        a folder, at any depth
 
 --image takes files, URLs, folders, globs, @LIST (a path per line) and - (paths on standard input).
---out is a .jsonl (a line per photo), a .csv (a row per label) or a folder: OUT/labels.jsonl and
-.json, OUT/labels.png (the first photos with their labels), and with --attention one picture per
+--out is a .jsonl (a line per photo), a .csv (a row per label) or a folder: OUT/labels.json (one
+list), OUT/labels.png (the first photos with their labels), and with --attention one picture per
 layer, OUT/NAME_attention_layer_L.png: for every head and place of the image, what it reads.
 
-The same command run again goes on where it stopped. Photos that cannot be read are listed in
+The same command run again goes on where it stopped; a folder that is complete is made anew. Photos that cannot be read are listed in
 OUT.failed and do not stop the others; the exit status is 1 when there was no other. Several
 processes (--num_processes and --process_id, or SLURM's and MPI's environment) share the photos and
 write a file each.
@@ -73,7 +73,9 @@ def predict(args) -> int:
     if is_folder:
         _write_folder(made, model if args.attention else None, args.k)
     _print(made)
-    print(f"wrote {file}")
+    if is_folder:
+        made.discard()
+    print(f"wrote {file.with_suffix('.json') if is_folder else file}")
     return status
 
 
