@@ -174,7 +174,8 @@ def test_command_line(files, tmp_path, capsys):
     assert [entry["labels"][0][0] for entry in content] == ["chair", "chair"]
     made = sorted(path.name for path in tmp_path.iterdir())
     assert made == ["0_attention_layer_0.png", "0_attention_layer_1.png",
-                    "1_attention_layer_0.png", "1_attention_layer_1.png", "labels.json", "labels.png"]  # fmt: skip
+                    "1_attention_layer_0.png", "1_attention_layer_1.png", "labels.json",
+                    "labels.png"]  # fmt: skip
     assert Image.open(tmp_path / "labels.png").size[0] > 300
 
 

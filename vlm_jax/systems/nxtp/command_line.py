@@ -9,10 +9,10 @@
 list), OUT/labels.png (the first photos with their labels), and with --attention one picture per
 layer, OUT/NAME_attention_layer_L.png: for every head and place of the image, what it reads.
 
-The same command run again goes on where it stopped; a folder that is complete is made anew. Photos that cannot be read are listed in
-OUT.failed and do not stop the others; the exit status is 1 when there was no other. Several
-processes (--num_processes and --process_id, or SLURM's and MPI's environment) share the photos and
-write a file each.
+The same command run again goes on where it stopped; a folder that is complete is made anew. Photos
+that cannot be read are listed in OUT.failed and do not stop the others; the exit status is 1 when
+there was no other. Several processes (--num_processes and --process_id, or SLURM's and MPI's
+environment) share the photos and write a file each.
 """
 
 from __future__ import annotations
