@@ -180,3 +180,24 @@ def test_damaged_msgpack():
                 assert isinstance(records.unpack(content), dict)
             except records.BadRecordError:
                 pass
+
+
+def test_damaged_arrays(tmp_path):
+    np.save(tmp_path / "whole.npy", np.arange(12, dtype=np.int32).reshape(3, 4))
+    whole = (tmp_path / "whole.npy").read_bytes()
+    assert shard_files.map_array(tmp_path / "whole.npy").shape == (3, 4)
+    np.savez(tmp_path / "two.npz", a=np.arange(3))
+    os.mkfifo(tmp_path / "pipe.npy")
+    np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
+    (tmp_path / "empty.npy").touch()
+    for name in ("two.npz", "pipe.npy", "object.npy", "empty.npy", "gone.npy"):
+        with pytest.raises(records.DataError, match=name):
+            shard_files.map_array(tmp_path / name)
+    for number, content in enumerate(fuzz.mutations(whole, 200)):
+        path = tmp_path / f"{number}.npy"
+        path.write_bytes(content)
+        with fuzz.bounded(megabytes=8):
+            try:
+                assert shard_files.map_array(path).nbytes <= len(content)
+            except records.DataError:
+                pass

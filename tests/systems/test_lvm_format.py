@@ -115,3 +115,14 @@ def test_one_sentence_per_row():
     assert row["positions"].tolist() == [0, 1, 2, 3, 0, 0, 0, 0]
     cut = make(max_tokens=3)({"tokens": IDS})
     assert cut["tokens"].tolist() == [64, 3, 1] and cut["targets"].tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [None, 1, [1, 1], [1, 1, -1], [1, 1, float("nan")], [1, 1, float("inf")], [1, 1, 1e300],
+     [[1], [1, 2], 3], ["a", "b", "c"], [[1, 1, 1]], {}],
+    ids=repr,
+)  # fmt: skip
+def test_weights_of_other_kinds_are_bad_records(weights):
+    with pytest.raises(records.BadRecordError, match="field 'tokens_weights'"):
+        make().encode({"tokens": IDS, "tokens_weights": weights})

@@ -17,6 +17,8 @@ import stat
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from vlm_jax.data import records, sidecar
 
 # An eighth of what the process may open, for plain files and for readers of ArrayRecord each: the
@@ -67,6 +69,24 @@ def read_bytes(path: str | os.PathLike, most: int) -> bytes:
         raise records.BadRecordError(f"{path}: {size} bytes are over the limit of {most}")
     with open(descriptor.number, "rb", closefd=False) as stream:
         return stream.read(size)
+
+
+def map_array(path: str | os.PathLike) -> np.ndarray:
+    """The array of a .npy file, read where it lies.
+
+    Raises:
+      DataError: no such file, or no array in it.
+    """
+    try:
+        open_file(path)  # a pipe has no end
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except records.DataError as error:
+        raise records.DataError(str(error)) from error
+    except Exception as error:  # headers of damaged files raise nearly every type there is
+        raise records.DataError(f"{path}: not an array: {error!s:.200}") from error
+    if not isinstance(array, np.ndarray):
+        raise records.DataError(f"{path}: not one array; a .npy file is needed")
+    return array
 
 
 class Descriptor:

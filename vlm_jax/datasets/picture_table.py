@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-from vlm_jax.data import records
+from vlm_jax.data import records, shard_files
 
 
 class PictureTable:
@@ -21,10 +21,7 @@ class PictureTable:
 
     def __init__(self, path: str):
         self.path = path
-        try:
-            shape, dtype = self._table.shape, self._table.dtype
-        except (OSError, ValueError) as error:
-            raise records.DataError(f"{path}: {error}") from error
+        shape, dtype = self._table.shape, self._table.dtype
         if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
             raise records.DataError(f"{path}: {dtype}{list(shape)} is not uint8[N, H, W, 3]")
 
@@ -43,7 +40,7 @@ class PictureTable:
 
     @functools.cached_property
     def _table(self) -> np.ndarray:
-        return np.load(self.path, mmap_mode="r", allow_pickle=False)
+        return shard_files.map_array(self.path)
 
 
 def make_source(**fields) -> PictureTable:

@@ -11,7 +11,7 @@ import pathlib
 
 import numpy as np
 
-from vlm_jax.data import records, sidecar
+from vlm_jax.data import records, shard_files, sidecar
 
 
 class TokenTable:
@@ -30,11 +30,8 @@ class TokenTable:
         self.path, self._size, self._weight = path, tokens_per_image, question_weight
         if tokens_per_image < 1:
             raise records.DataError(f"tokens_per_image={tokens_per_image} must be at least 1")
-        try:
-            shape, dtype = self._table.shape, self._table.dtype
-        except (OSError, ValueError) as error:
-            raise records.DataError(f"{path}: {error}") from error
-        if len(shape) != 2 or shape[1] % tokens_per_image or dtype.kind not in "iu":
+        shape, dtype = self._table.shape, self._table.dtype
+        if len(shape) != 2 or shape[1] % tokens_per_image or dtype not in (np.uint16, np.int32):
             raise records.DataError(
                 f"{path}: {dtype}{list(shape)} is no table of ids with {tokens_per_image} an image"
             )
@@ -62,7 +59,7 @@ class TokenTable:
 
     @functools.cached_property
     def _table(self) -> np.ndarray:
-        return np.load(self.path, mmap_mode="r", allow_pickle=False)
+        return shard_files.map_array(self.path)
 
     @functools.cached_property
     def _weights(self) -> np.ndarray:

@@ -143,12 +143,18 @@ def _whole(value: Any) -> np.ndarray:
 
 
 def _weights(record: Mapping[str, Any], name: str, count: int) -> np.ndarray:
-    weights = np.asarray(record[name])
-    if weights.dtype.kind not in "fiub" or weights.shape != (count,) or not (weights >= 0).all():
-        raise records.BadRecordError(
-            f"field {name!r} is {weights.dtype}{list(weights.shape)}, not {count} numbers from 0 on"
-        )
-    return weights.astype(np.float32)
+    try:
+        found = np.asarray(record[name])
+    except ValueError as error:
+        raise records.BadRecordError(f"field {name!r}: {error}") from error
+    if found.dtype.kind in "fiub" and found.shape == (count,):
+        with np.errstate(over="ignore"):
+            weights = found.astype(np.float32)
+        if ((weights >= 0) & (weights < np.inf)).all():
+            return weights
+    raise records.BadRecordError(
+        f"field {name!r} is {found.dtype}{list(found.shape)}, not {count} numbers from 0 on"
+    )
 
 
 def to_base64(ids: np.ndarray) -> str:
