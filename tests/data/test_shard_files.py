@@ -139,6 +139,16 @@ def test_lines_without_an_end(tmp_path, monkeypatch):
     ]
 
 
+def test_a_file_of_something_else_is_refused_before_all_of_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_MAX_BAD", 50)
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}\n" * 60 + "no json\n" * 60)
+    assert len(sources.JsonLines(path).skipped) == 60
+    path.write_text("no json\n" * 1000)
+    with pytest.raises(records.DataError, match="51 of the first 51 lines are no JSON objects"):
+        sources.JsonLines(path)
+
+
 def test_deep_nesting_is_a_bad_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"x": 1}\n{"x": ' + "[" * 100_000 + "]" * 100_000 + "}\n")

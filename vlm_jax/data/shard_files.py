@@ -23,7 +23,8 @@ from vlm_jax.data import records, sidecar
 
 # An eighth of what the process may open, for plain files and for readers of ArrayRecord each: the
 # rest is for checkpoints, event files, sockets and compilers.
-MOST_OPEN = max(8, min(512, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
+_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+MOST_OPEN = 512 if _LIMIT == resource.RLIM_INFINITY else max(8, min(512, _LIMIT // 8))
 
 
 def find_files(path: str | os.PathLike | Sequence[str]) -> list[pathlib.Path]:

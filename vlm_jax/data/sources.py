@@ -33,7 +33,8 @@ import numpy as np
 
 from vlm_jax.data import array_records, records, shard_files, sidecar, tar_index
 
-MAX_LINE = 64 * 2**20  # bytes; a longer line is left out, not read
+MAX_LINE = 16 * 2**20  # bytes; a longer line is left out, not read
+_MAX_BAD = 100_000  # lines that are named, where there are not more good ones
 
 
 class Source(Protocol):
@@ -172,6 +173,11 @@ def _scan(path: pathlib.Path) -> dict[str, np.ndarray]:
             except ValueError as error:
                 bad_lines.append(number)
                 bad_causes.append(str(error)[:200])
+                if len(bad_lines) > max(_MAX_BAD, len(found)):
+                    raise records.DataError(
+                        f"{path}: {len(bad_lines)} of the first {number} lines are no JSON "
+                        f"objects, the first is line {bad_lines[0]}: {bad_causes[0]}"
+                    ) from error
             offset += size
     return {
         "lines": np.array(found, np.int64).reshape(-1, 3),

@@ -13,7 +13,7 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -77,15 +77,17 @@ def check(data: pipeline.DataConfig, formatter: Any, expected: Expected, name: s
     for key, entry in data.mixture.items():
         if entry["type"] in _TYPES:
             place = f"{name}.mixture.{key}"
-            _check_manifests(entry["path"], expected, place, seen)
             fields = {field: x for field, x in entry.items() if field != "weight"}
             source = sources.make_source(**fields)
+            _check_manifests(source.paths, expected, place, seen)
             _check_images(source, formatter, expected, place)
             _check_lengths(source, data, formatter, expected, place)
 
 
-def _check_manifests(path: Any, expected: Expected, name: str, seen: dict[str, str]) -> None:
-    for folder in sorted({file.parent for file in shard_files.find_files(path)}):
+def _check_manifests(
+    files: Iterable[pathlib.Path], expected: Expected, name: str, seen: dict[str, str]
+) -> None:
+    for folder in sorted({file.parent for file in files}):
         made_of = _made_of(folder / MANIFEST)
         if made_of is None:
             continue
