@@ -9,7 +9,7 @@ import pytest
 
 from vlm_jax.models import clip as model
 from vlm_jax.nn import functional
-from vlm_jax.weights import clip, convert, errors, export, readers, torchscript
+from vlm_jax.weights import clip, convert, errors, export, lazy, readers, torchscript
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -85,7 +85,7 @@ def test_there_and_back(reference, tmp_path):
     assert theirs["visual.transformer.resblocks.2.attn.in_proj_weight"].shape == (144, 48)
     assert theirs["visual.conv1.weight"].shape == (48, 3, 8, 8)
     assert theirs["text_projection"].shape == (32, 24)
-    tensors = readers.Tensors({name: lambda x=x: x for name, x in theirs.items()}, "memory")
+    tensors = lazy.Tensors({name: lambda x=x: x for name, x in theirs.items()}, "memory")
     assert clip.layout_of(tensors) == "openai"
     jax.tree.map(np.testing.assert_array_equal, clip.from_tensors(tensors, cfg), params)
     hf = {name: load() for name, load in clip.to_hf(params, cfg).items()}

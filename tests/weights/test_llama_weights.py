@@ -13,7 +13,7 @@ from flax import serialization
 
 from vlm_jax.models import llama as model
 from vlm_jax.nn import functional
-from vlm_jax.weights import convert, export, llama, readers
+from vlm_jax.weights import convert, errors, export, lazy, llama, readers
 
 
 @pytest.fixture(scope="module")
@@ -202,8 +202,33 @@ def test_meta_widths():
 def test_stored_rotary_tables_are_ignored_and_a_tied_copy_of_the_head(tensors, params, cfg):
     more = dict(tensors) | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(8)}
     assert_same(llama.from_hf(more, cfg), params)
+    more["lm_head.weight"] = more["model.embed_tokens.weight"].copy()
     tied = dataclasses.replace(cfg, tie_embeddings=True)
     assert "lm_head" not in llama.from_hf(more, tied)
+
+
+@pytest.mark.parametrize("layout", ["hf", "meta", "easylm", "gguf"])
+def test_a_head_of_its_own_is_kept_whatever_the_config_says(layout, params, cfg, monkeypatch):
+    """As transformers from version 5 on; a model that ties is told, not given another head."""
+    rules = dict(hf=llama.HF_RULES, meta=llama.META_RULES, easylm=llama.EASYLM_RULES,
+                 gguf=llama.GGUF_RULES)[layout]  # fmt: skip
+    stored = lazy.Tensors(convert.revert(params, rules), "file")
+    tied = dataclasses.replace(cfg, tie_embeddings=True)
+    monkeypatch.setattr(llama, "_config_of", lambda *_: tied)
+    assert llama.config_of(stored, "file") == cfg
+    with pytest.raises(errors.WeightsError, match="its head is not its embedding.*tie_embeddings"):
+        llama.from_tensors(stored, tied)
+    copy = {"embed": params["embed"], "lm_head": {"kernel": params["embed"]["table"].T}}
+    stored = lazy.Tensors(convert.revert(params | copy, rules), "file")
+    assert llama.config_of(stored, "file") == tied
+    assert "lm_head" not in llama.from_tensors(stored, tied)
+
+
+def test_without_a_head_the_config_must_say_that_it_is_tied(tensors, params, cfg):
+    bare = {name: x for name, x in tensors.items() if name != "lm_head.weight"}
+    with pytest.raises(errors.WeightsError, match="there is no head.*tie_word_embeddings"):
+        llama.from_hf(bare, cfg)
+    assert "lm_head" not in llama.from_hf(bare, dataclasses.replace(cfg, tie_embeddings=True))
 
 
 def test_missing_and_extra_tensor_in_one_error(tensors, cfg):

@@ -12,7 +12,7 @@ from vlm_jax.models import clip as clip_model
 from vlm_jax.models import llama as llama_model
 from vlm_jax.nn import functional
 from vlm_jax.systems.nxtp import network
-from vlm_jax.weights import clip, convert, errors, export, llama, nxtp, readers
+from vlm_jax.weights import clip, convert, errors, export, lazy, llama, nxtp, readers
 
 # Ours has no copy of CLIP's logit_scale, which the network never reads.
 PARAMETERS = {1: 771_921_921, 3: 1_176_688_641, 6: 1_783_838_721, 12: 2_998_138_881,
@@ -140,10 +140,10 @@ def test_tower_from_hugging_face(golden, tmp_path, monkeypatch):
     vision_cfg = dataclasses.replace(clip_model.VisionConfig(128, 2, 14, 42), projection=8)
     projection = {"kernel": np.zeros((128, 8), np.float32)}
     tree = {"vision": {**params["vision"], "projection": projection}}
-    stored = readers.Tensors(convert.revert(tree, clip.HF_RULES), "memory")
+    stored = lazy.Tensors(convert.revert(tree, clip.HF_RULES), "memory")
     assert clip.vision_config_of(stored) == vision_cfg
     monkeypatch.setattr(nxtp, "TRAINED_BLOCKS", 1)
-    released = readers.Tensors(nxtp.to_upstream(params, released=True), "memory")
+    released = lazy.Tensors(nxtp.to_upstream(params, released=True), "memory")
     released = released.renamed(lambda name: name.removeprefix("module."))
     made = nxtp.from_tensors(nxtp.over_clip(released, stored), abstract)
     jax.tree.map(np.testing.assert_array_equal, made, params)
@@ -155,7 +155,7 @@ def test_a_foreign_or_missing_tensor_is_named(golden):
     loaders["language_decoder.extra"] = lambda: np.zeros(2)
     del loaders["language_decoder.norm.weight"]
     with pytest.raises(convert.ConversionError) as caught:
-        nxtp.from_tensors(readers.Tensors(loaders, "file"), abstract)
+        nxtp.from_tensors(lazy.Tensors(loaders, "file"), abstract)
     assert "language_decoder.extra" in str(caught.value)
     assert "language_decoder.norm.weight" in str(caught.value)
 
@@ -166,7 +166,7 @@ def test_decoder_from_a_deeper_llama(tied):
     abstract = llama.abstract_params(base)
     rng = np.random.default_rng(1)
     full = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), abstract)
-    stored = readers.Tensors(llama.to_meta(full) if not tied else llama.to_hf(full, base), "x")
+    stored = lazy.Tensors(llama.to_meta(full) if not tied else llama.to_hf(full, base), "x")
     cfg = dataclasses.replace(base, vocab_size=22, depth=2)
     made = nxtp.decoder_from_llama(stored, cfg)
     np.testing.assert_array_equal(made["embed"]["table"], full["embed"]["table"])

@@ -93,11 +93,80 @@ def test_configs_that_are_refused(tmp_path, golden_lvm):
         vqgan.config_from_hf(
             {k: v for k, v in fields.items() if k not in ("z_channels", "no_attn_mid_block")}
         )
-    with pytest.raises(ValueError, match="resample_with_conv"):
-        vqgan.config_from_hf(fields | {"resample_with_conv": False})
+    with pytest.raises(ValueError, match="resample_with_conv is 0, not true or false"):
+        vqgan.config_from_hf(fields | {"resample_with_conv": 0})
     (tmp_path / "x.safetensors").write_bytes((golden_lvm / "vqgan.safetensors").read_bytes())
     with pytest.raises(FileNotFoundError, match="config.json not found.*f16_8192"):
         vqgan.load(tmp_path)
+
+
+def in_torch(state, fields, image):
+    """Latents and picture of a network without attention, written from the specification."""
+    import torch
+    from torch.nn import functional as f
+
+    def conv(x, name):
+        weight = state[name + ".weight"]
+        return f.conv2d(x, weight, state[name + ".bias"], padding=weight.shape[-1] // 2)
+
+    def act(x, name):
+        scale, bias = state[name + ".weight"], state[name + ".bias"]
+        return f.silu(f.group_norm(x, fields["norm_groups"], scale, bias, 1e-6))
+
+    def block(x, name):
+        y = conv(act(x, name + ".norm1"), name + ".conv1")
+        y = conv(act(y, name + ".norm2"), name + ".conv2")
+        short = name + ".nin_shortcut"
+        return (conv(x, short) if short + ".weight" in state else x) + y
+
+    def ends(x, name):
+        return block(block(x, name + ".mid.block_1"), name + ".mid.block_2")
+
+    levels = len(fields["channel_mult"])
+    h = conv(image, "encoder.conv_in")
+    for i in range(levels):
+        for j in range(fields["num_res_blocks"]):
+            h = block(h, f"encoder.down.{i}.block.{j}")
+        h = f.avg_pool2d(h, 2, 2) if i < levels - 1 else h
+    h = conv(act(ends(h, "encoder"), "encoder.norm_out"), "encoder.conv_out")
+    z = conv(h, "quant_conv")
+    codes = state["quantize.embedding.weight"]
+    ids = torch.cdist(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]), codes).argmin(-1)
+    h = codes[ids].reshape(len(z), *z.shape[2:], -1).permute(0, 3, 1, 2)
+    h = ends(conv(conv(h, "post_quant_conv"), "decoder.conv_in"), "decoder")
+    for i in reversed(range(levels)):
+        for j in range(fields["num_res_blocks"] + 1):
+            h = block(h, f"decoder.up.{i}.block.{j}")
+        h = f.interpolate(h, scale_factor=2.0, mode="nearest") if i else h
+    return ids.reshape(len(z), -1), conv(act(h, "decoder.norm_out"), "decoder.conv_out")
+
+
+def test_resampling_without_convolutions(tmp_path):
+    """Means of 2x2 pixels down, the nearest pixel up, as the reference has it."""
+    torch = pytest.importorskip("torch")
+    tiny = model.PRESETS["tiny"]
+    fields = vqgan.config_to_hf(tiny) | {"resample_with_conv": False}
+    cfg = vqgan.config_from_hf(fields)
+    assert vqgan.config_to_hf(cfg) == fields
+    shapes = convert.reverted_shapes(vqgan.abstract_params(cfg), vqgan.HF_RULES)
+    assert not any("sample" in name for name in shapes)
+    rng = np.random.default_rng(0)
+    state = {
+        name: torch.tensor(rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))).float()
+        for name, shape in shapes.items()
+    }
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    cfg, params = vqgan.load(tmp_path)
+    image01 = rng.uniform(size=(2, 32, 48, 3)).astype(np.float32)
+    network = model.make(cfg).bind(params)
+    z = network.encode_latents(image01)
+    ids = network.quantize(z)
+    picture = network.decode_latents(network.quantize.codes(ids).reshape(z.shape))
+    want_ids, want = in_torch(state, fields, torch.tensor(image01).permute(0, 3, 1, 2))
+    assert len(np.unique(ids)) > 3
+    np.testing.assert_array_equal(ids, want_ids)
+    np.testing.assert_allclose(picture, want.permute(0, 2, 3, 1), atol=2e-5)
 
 
 def test_names_that_come_with_the_package(tmp_path, golden_lvm, monkeypatch):

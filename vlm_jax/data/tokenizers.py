@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax.data import records
+from vlm_jax.data import file_kind, records
 
 _CONTROL = 3  # ggml token type of special tokens
 
@@ -22,28 +23,41 @@ def from_gguf(metadata: Mapping[str, Any]):
       `tokenizers.Tokenizer`. It adds no begin or end token of its own.
 
     Raises:
-      ValueError: another kind of tokenizer, or one whose word splitting is not known here.
-      ImportError: the `tokenizers` package is missing.
+      DataError: another kind of tokenizer, one whose word splitting is not known here, or
+        metadata that make none.
+      MissingExtraError: the `tokenizers` package is missing.
     """
     kind = metadata.get("tokenizer.ggml.model")
     splitting = metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2" or splitting != "smollm":
-        raise ValueError(
+        raise records.DataError(
             f"tokenizer {kind!r} with word splitting {splitting!r} is not supported; byte-level "
             "BPE ('gpt2') with the splitting of 'smollm' is"
         )
+    records.require("tokenizers", "text")
+    try:
+        return _byte_level(
+            *(metadata[f"tokenizer.ggml.{part}"] for part in ("tokens", "merges", "token_type"))
+        )
+    except Exception as error:  # wrong types in the file; the library raises bare exceptions
+        raise records.DataError(
+            f"the GGUF file's tokenizer cannot be used ({error!r}); fetch the file again"
+        ) from error
+
+
+def _byte_level(names: list[str], merges: list[str], types: list[int]):
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    names = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(pair.split(" ", 1)) for pair in metadata["tokenizer.ggml.merges"]]
     vocab = {name: token_id for token_id, name in enumerate(names)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    if len(vocab) != len(names) or len(types) != len(names):
+        raise ValueError(f"{len(vocab)} names and {len(types)} types of {len(names)} tokens")
+    pairs = [tuple(pair.split(" ", 1)) for pair in merges]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    types = metadata["tokenizer.ggml.token_type"]
     tokenizer.add_special_tokens(
         [
             tokenizers.AddedToken(name, special=True, normalized=False)
@@ -68,12 +82,56 @@ def from_json(path: str | os.PathLike):
     """
     library = records.require("tokenizers", "text")
     try:
-        tokenizer = library.Tokenizer.from_str(pathlib.Path(path).read_text(encoding="utf-8"))
+        if reason := file_kind.not_data(path):
+            raise records.DataError(f"{path} {reason}")
+        # With or without a byte order mark.
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+        tokenizer = library.Tokenizer.from_str(text)
+        _require_own_ids(tokenizer, json.loads(text), path)
+    except records.DataError:
+        raise
     except Exception as error:  # the library raises bare exceptions
         raise records.DataError(f"{path}: not a tokenizer: {error}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def marks_spaces(tokenizer: Any) -> bool:
+    """Whether a `tokenizers.Tokenizer` writes spaces as SentencePiece does, "▁" before a word."""
+    if tokenizer.decoder is None:
+        return False
+    return "▁" in json.dumps(json.loads(tokenizer.decoder.__getstate__()), ensure_ascii=False)
+
+
+def _require_own_ids(tokenizer: Any, content: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Refuses added tokens that the library numbers anew: where ids before theirs are missing."""
+    for token in content.get("added_tokens", ()):
+        if (own := tokenizer.token_to_id(token["content"])) != token["id"]:
+            raise records.DataError(
+                f"{path}: the added token {token['content']!r} has the id {token['id']}, which the "
+                f"package tokenizers makes {own}: there are ids missing before it. Give the added "
+                "tokens the ids behind the others"
+            )
+
+
+def special_tokens(path: str | os.PathLike) -> dict[str, str]:
+    """The tokens that the tokenizer_config.json beside a tokenizer names: "bos_token", ...
+
+    Raises:
+      DataError: such a file is there and is not JSON.
+    """
+    file = pathlib.Path(path).parent / "tokenizer_config.json"
+    if not file.exists():
+        return {}
+    try:
+        fields = dict(json.loads(file.read_text(encoding="utf-8-sig")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise records.DataError(f"{file}: {error}") from error
+    # Text, or the fields of a token.
+    texts = {name: value.get("content") if isinstance(value, dict) else value
+             for name, value in fields.items() if name.endswith("_token")}  # fmt: skip
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def from_sentencepiece(path: str | os.PathLike):
@@ -88,6 +146,8 @@ def from_sentencepiece(path: str | os.PathLike):
     """
     library = records.require("sentencepiece", "text")
     try:
+        if reason := file_kind.not_data(path):
+            raise records.DataError(f"{path} {reason}")
         return library.SentencePieceProcessor(model_proto=pathlib.Path(path).read_bytes())
     except (OSError, RuntimeError) as error:
         raise records.DataError(f"{path}: not a SentencePiece model: {error}") from error

@@ -46,6 +46,8 @@ class VqganConfig:
       num_res_blocks: per encoder level; decoder levels have one more.
       attn_resolutions: sides at which levels hold attention modules.
       mid_attn: attention in both middle blocks (upstream: not no_attn_mid_block).
+      resample_with_conv: a convolution where the resolution changes; without it means of 2x2 pixels
+        down and the nearest pixel up.
       z_channels: width of the encoder output.
       num_embeddings: codes in the codebook.
       quantized_width: width of a code (upstream: quantized_embed_dim).
@@ -62,6 +64,7 @@ class VqganConfig:
     num_res_blocks: int = 2
     attn_resolutions: tuple[int, ...] = ()
     mid_attn: bool = False
+    resample_with_conv: bool = True
     z_channels: int = 64
     num_embeddings: int = 8192
     quantized_width: int = 64
@@ -502,21 +505,27 @@ class Downsample(nnx.Module):
     """Halves the resolution. Zeros at the bottom and the right only, as upstream pads."""
 
     def __init__(self, cfg: VqganConfig, rngs: nnx.Rngs, width: int):
-        self.conv = _conv(cfg, rngs, width, width, 3, stride=2, padding=((0, 1), (0, 1)))
+        if cfg.resample_with_conv:
+            self.conv = _conv(cfg, rngs, width, width, 3, stride=2, padding=((0, 1), (0, 1)))
 
     def __call__(self, x_byxc):
         """float[B, H, W, C] -> float[B, H/2, W/2, C]."""
-        return self.conv(x_byxc)
+        if hasattr(self, "conv"):
+            return self.conv(x_byxc)
+        return nnx.avg_pool(x_byxc, (2, 2), (2, 2))
 
 
 class Upsample(nnx.Module):
     """Doubles the resolution: nearest neighbour, then a convolution."""
 
     def __init__(self, cfg: VqganConfig, rngs: nnx.Rngs, width: int):
-        self.conv = _conv(cfg, rngs, width, width, 3)
+        if cfg.resample_with_conv:
+            self.conv = _conv(cfg, rngs, width, width, 3)
 
     def __call__(self, x_byxc):
         """float[B, H, W, C] -> float[B, 2*H, 2*W, C]."""
+        if not hasattr(self, "conv"):
+            return jnp.repeat(jnp.repeat(x_byxc, 2, axis=1), 2, axis=2)
         return conv.upsample_conv2d(x_byxc, self.conv.kernel[...], self.conv.bias[...])
 
 

@@ -12,7 +12,6 @@ the shapes, or from --preset. Every tensor must be used or be on the list of ign
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -45,6 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def common_dtype(names: Sequence[str]) -> str:
+    """The smallest dtype of `_DTYPES` that holds every value of the named ones.
+
+    fp8 fits into bfloat16 and into float16; float64 is rounded.
+    """
+    wide = {name for name in names if not name.startswith("float8")}
+    if wide <= {"bfloat16"}:
+        return "bfloat16"
+    return "float16" if wide == {"float16"} else "float32"
+
+
 def _preset(presets, name: str):
     if name not in presets:
         raise ValueError(f"no preset {name!r}; there are {', '.join(presets)}")
@@ -70,10 +80,8 @@ def _run(args: argparse.Namespace) -> None:
         else network.config_of(tensors, args.source)
     )
     skipped = convert.ignored(tensors, network.ignorable(cfg))
-    source_dtype = functools.reduce(
-        np.promote_types, {tensors[name].dtype for name in tensors if name not in skipped}
-    )
-    dtype = args.dtype or source_dtype.name
+    dtypes = sorted({tensors[name].dtype.name for name in tensors if name not in skipped})
+    dtype = args.dtype or common_dtype(dtypes)
     cfg = dataclasses.replace(cfg, param_dtype=dtype)
     params = network.from_tensors(tensors, cfg)
     if args.format == "hf":
@@ -85,13 +93,15 @@ def _run(args: argparse.Namespace) -> None:
     digests = export.write(args.target, checkpoint)
 
     count = sum(int(np.prod(x.shape, dtype=np.int64)) for x in functional.flatten(params).values())
-    print(f"read      {len(tensors)} tensors, {layout} layout, {source_dtype}: "
+    print(f"read      {len(tensors)} tensors, {layout} layout, {', '.join(dtypes)}: "
           f"{args.source}")  # fmt: skip
     print(f"ignored   {', '.join(skipped) or 'none'}")
     print(f"wrote     {len(checkpoint.shapes)} tensors, {count:,} parameters, {dtype}, "
           f"{args.format} layout: {args.target}")  # fmt: skip
     for name, digest in digests.items():
         print(f"sha256    {digest}  {name}")
+    if tensors.source != args.source:  # which file of a folder, which part of it
+        print(f"source    {tensors.source}")
 
 
 if __name__ == "__main__":

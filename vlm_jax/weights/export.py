@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.models import vqgan
-from vlm_jax.weights import convert, readers
+from vlm_jax.weights import convert, safetensors_file
 
 MAX_SHARD_BYTES = 5 * 10**9
-_CODES = {np.dtype(dtype): code for code, dtype in readers.SAFETENSORS_DTYPES.items()}
+_CODES = {np.dtype(dtype): code for code, dtype in safetensors_file.DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +93,7 @@ def write(
 
     Raises:
       FileExistsError: the folder already holds weights; nothing is overwritten.
+      WeightsError: values that are not finite, or not in that dtype.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +154,7 @@ def _write_shard(file: pathlib.Path, checkpoint: Checkpoint, shard: Mapping[str,
 
             put(len(text).to_bytes(8, "little") + text)
             for name in shard:
-                array = checkpoint.tensors[name]().astype(checkpoint.dtype, copy=False)
+                array = convert.cast(checkpoint.tensors[name](), checkpoint.dtype, name)
                 put(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         os.replace(partial, file)
     finally:

@@ -14,7 +14,6 @@ The low nibbles of the 16 bytes are values 0..15 of the block, the high nibbles 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import struct
@@ -24,7 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vlm_jax.weights import errors
+from vlm_jax.weights import bounds, errors, lazy
 
 _BLOCK = 32
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
@@ -41,19 +40,12 @@ _TYPES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Gguf:
-    """An opened file: its metadata and one loader per tensor."""
-
-    metadata: Mapping[str, Any]
-    loaders: Mapping[str, Callable[[], np.ndarray]]
-
-
-def open_file(path: str | os.PathLike) -> Gguf:
-    """Maps the file and reads its directory.
+def read(path: str | os.PathLike) -> lazy.Tensors:
+    """Maps the file and reads its directory; `metadata` holds its key-values.
 
     Raises:
-      WeightsError: not a GGUF file, cut off, or a tensor type that is not in the table above.
+      WeightsError: not a GGUF file, cut off, damaged, or a tensor type that is not in the table
+        above.
     """
     if os.path.getsize(path) < 24:
         raise errors.WeightsError(f"{path}: not a GGUF file: only {os.path.getsize(path)} bytes")
@@ -65,35 +57,48 @@ def open_file(path: str | os.PathLike) -> Gguf:
     if version not in (2, 3):
         raise errors.WeightsError(f"{path}: GGUF version {version}; versions 2 and 3 are supported")
     num_tensors, num_metadata = cursor.scalar("Q"), cursor.scalar("Q")
-    metadata = {}
+    metadata: dict[str, Any] = {}
     for _ in range(num_metadata):
-        key = cursor.string()
+        key = cursor.new_name(metadata)
         metadata[key] = cursor.value(cursor.scalar("I"))
-    infos = []
+    infos: dict[str, tuple] = {}
     for _ in range(num_tensors):
-        name = cursor.string()
-        shape = tuple(cursor.scalar("Q") for _ in range(cursor.scalar("I")))[::-1]
-        infos.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
+        name = cursor.new_name(infos)
+        sizes = cursor.array("Q", cursor.scalar("I"))[::-1]
+        shape = bounds.shape_of(sizes, f"{path}: tensor {name!r}")
+        infos[name] = shape, cursor.scalar("I"), cursor.scalar("Q")
     alignment = metadata.get("general.alignment", 32)
+    if not bounds.is_count(alignment) or not alignment:
+        raise errors.WeightsError(f"{path}: general.alignment is {alignment!r}, not a size")
     start = -(-cursor.offset // alignment) * alignment
-    loaders = {}
-    for name, shape, kind, offset in infos:
-        if kind not in _TYPES:
-            known = ", ".join(entry[0] for entry in _TYPES.values())
-            raise errors.WeightsError(
-                f"{path}: tensor {name!r} has ggml type {kind}; supported: {known}. Requantise "
-                "the file to one of these (llama.cpp: llama-quantize)"
-            )
-        _, block_bytes, block_values = _TYPES[kind]
-        size = math.prod(shape) // block_values * block_bytes
-        first = start + offset
-        if first + size > len(data):
-            raise errors.WeightsError(
-                f"{path}: cut off: tensor {name!r} ends at byte {first + size}, the file has "
-                f"{len(data)}; fetch it again"
-            )
-        loaders[name] = _loader(data[first : first + size], kind, shape)
-    return Gguf(metadata, loaders)
+    loaders = {
+        name: _loader(_span(data, path, name, start, *info), info[1], info[0])
+        for name, info in infos.items()
+    }
+    return lazy.Tensors(loaders, str(path), metadata)
+
+
+def _span(data, path, name: str, start: int, shape: tuple, kind: int, offset: int) -> np.ndarray:
+    """The raw bytes of a tensor."""
+    if kind not in _TYPES:
+        known = ", ".join(entry[0] for entry in _TYPES.values())
+        raise errors.WeightsError(
+            f"{path}: tensor {name!r} has ggml type {kind}; supported: {known}. Requantise "
+            "the file to one of these (llama.cpp: llama-quantize)"
+        )
+    code, block_bytes, block_values = _TYPES[kind]
+    if math.prod(shape) % block_values:
+        raise errors.WeightsError(
+            f"{path}: tensor {name!r} of shape {shape} is not whole blocks of {code}"
+        )
+    size = math.prod(shape) // block_values * block_bytes
+    first = start + offset
+    if first + size > len(data):
+        raise errors.WeightsError(
+            f"{path}: cut off: tensor {name!r} ends at byte {first + size}, the file has "
+            f"{len(data)}; fetch it again"
+        )
+    return data[first : first + size]
 
 
 def _loader(raw: np.ndarray, kind: int, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
@@ -138,8 +143,18 @@ class _Cursor:
     def scalar(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
+    def array(self, code: str, count: int) -> tuple:
+        """`count` scalars in one piece: token scores and types have vocabulary length."""
+        return struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize("<" + code)))
+
     def string(self) -> str:
         return self.take(self.scalar("Q")).decode("utf-8", "replace")
+
+    def new_name(self, known: Mapping[str, Any]) -> str:
+        name = self.string()
+        if name in known:
+            raise errors.WeightsError(f"{self._path}: {name!r} comes twice")
+        return name
 
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:
@@ -151,9 +166,8 @@ class _Cursor:
                 f"{self._path}: unknown metadata type {kind} at byte {self.offset}"
             )
         item, count = self.scalar("I"), self.scalar("Q")
-        if item in _SCALARS:  # in one piece: token scores and types have vocabulary length
-            code = f"{count}{_SCALARS[item]}"
-            return list(struct.unpack("<" + code, self.take(struct.calcsize("<" + code))))
+        if item in _SCALARS:
+            return list(self.array(_SCALARS[item], count))
         if item != _STRING:
             raise errors.WeightsError(
                 f"{self._path}: array of unknown type {item} at byte {self.offset}"

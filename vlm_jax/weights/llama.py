@@ -24,7 +24,7 @@ import numpy as np
 
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
-from vlm_jax.weights import convert, errors, readers
+from vlm_jax.weights import bounds, convert, errors, lazy, readers
 
 # Tables of angles, one per channel pair, that some files store; computed here.
 _INV_FREQ = r"(.*rotary_emb\.inv_freq|rope\.freqs)"
@@ -206,14 +206,38 @@ def from_native(tensors: convert.Tensors, cfg: llama.LlamaConfig, shardings=None
 
 
 def _convert(tensors, rules, cfg, shardings) -> dict[str, Any]:
+    source, head = convert.source_of(tensors), _head_of(tensors, rules)
+    if cfg.tie_embeddings and head == "own":
+        raise errors.WeightsError(
+            f"{source}: its head is not its embedding, but the model ties them; set "
+            "model.tie_embeddings=False (tie_word_embeddings in a config.json)"
+        )
+    if not cfg.tie_embeddings and head == "none":
+        raise errors.WeightsError(
+            f"{source}: there is no head, and nothing says that it is the embedding; if it is, set "
+            "tie_word_embeddings to true in its config.json (model.tie_embeddings in a recipe)"
+        )
     return convert.convert(tensors, rules, abstract_params(cfg), ignorable(cfg), shardings)
+
+
+def _head_of(tensors: convert.Tensors, rules: tuple[convert.Rule, ...]) -> str:
+    """The head of a file: "none", "tied" where it repeats the embedding, "own"; "" is unknown."""
+    theirs = {rule.ours: rule.theirs for rule in rules}
+    table, head = theirs.get("embed/table"), theirs.get("lm_head/kernel")
+    if table not in tensors:
+        return ""
+    if head not in tensors:
+        return "none"
+    x, y = tensors[head], tensors[table]
+    x = x.T if rules is EASYLM_RULES else x
+    return "tied" if x.shape == y.shape and np.array_equal(x, y) else "own"
 
 
 def ignorable(cfg: llama.LlamaConfig) -> tuple[str, ...]:
     """Patterns of the tensors that may be there and are not used."""
     optimizer = (r"step", r"opt_state/.*")  # of an EasyLM training state
     # Some writers store the tied head a second time.
-    tied = (r"lm_head\.weight", r"output\.weight") if cfg.tie_embeddings else ()
+    tied = (r"lm_head[./](weight|kernel)", r"output\.weight") if cfg.tie_embeddings else ()
     return (_INV_FREQ, *optimizer, *tied)
 
 
@@ -228,7 +252,7 @@ def to_meta(params: Mapping[str, Any]) -> dict[str, Callable]:
     return convert.revert(params, META_RULES)
 
 
-def first_blocks(tensors: convert.Tensors, depth: int) -> readers.Tensors:
+def first_blocks(tensors: convert.Tensors, depth: int) -> lazy.Tensors:
     """The tensors without the blocks from `depth` on; nothing is loaded. Any layout.
 
     Raises:
@@ -237,7 +261,7 @@ def first_blocks(tensors: convert.Tensors, depth: int) -> readers.Tensors:
     native, blocks, kept = {}, set(), {}
     for name in tensors:
         kept[name] = functools.partial(tensors.__getitem__, name)
-        if match := _BLOCK.search(name):
+        if match := _BLOCK.search(name[:200]):
             blocks.add(int(match[1]))
             if int(match[1]) >= depth:
                 del kept[name]
@@ -249,7 +273,7 @@ def first_blocks(tensors: convert.Tensors, depth: int) -> readers.Tensors:
         raise errors.WeightsError(f"{source}: {depth} blocks asked for, {found} are there")
     for name, load in native.items():
         kept[name] = lambda load=load: load()[:depth]
-    return readers.Tensors(kept, convert.source_of(tensors), getattr(tensors, "metadata", None))
+    return lazy.Tensors(kept, convert.source_of(tensors), getattr(tensors, "metadata", None))
 
 
 # ---- whole checkpoints -----------------------------------------------------------------------
@@ -327,13 +351,28 @@ def load_gguf(path: str | os.PathLike, **overrides) -> tuple[llama.LlamaConfig, 
 
 
 def config_of(tensors: convert.Tensors, path: str | os.PathLike) -> llama.LlamaConfig:
-    """The config from GGUF metadata, else the JSON file beside the weights, else the shapes."""
+    """The config from GGUF metadata, else the JSON file beside the weights, else the shapes.
+
+    A head in the file that is not the embedding is kept, whatever the config says of tying; so do
+    transformers from version 5 on.
+    """
     layout = layout_of(tensors)
+    cfg = _config_of(tensors, path, layout)
+    if cfg.tie_embeddings and layout in _RULES:
+        own = _below_params(tensors) if layout == "easylm" else tensors
+        if _head_of(own, _RULES[layout]) == "own":
+            return dataclasses.replace(cfg, tie_embeddings=False)
+    return cfg
+
+
+def _config_of(tensors, path, layout: str) -> llama.LlamaConfig:
     if layout == "gguf":
         try:
             return config_from_gguf(tensors.metadata, tied="output.weight" not in tensors)
         except KeyError as error:
             raise errors.WeightsError(f"{path}: no {error} in the metadata") from error
+        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+            raise errors.WeightsError(f"{path}: metadata of no LLaMA ({error})") from error
     folder = readers.folder_of(path)
     if (folder / "config.json").exists():
         return readers.read_config(folder / "config.json", llama.LlamaConfig, config_from_hf)
@@ -347,22 +386,26 @@ def config_of(tensors: convert.Tensors, path: str | os.PathLike) -> llama.LlamaC
 def config_from_hf(fields: Mapping[str, Any]) -> llama.LlamaConfig:
     """A transformers config.json -> our config. Variants that we do not compute are refused."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}  # v5, v4
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if any(isinstance(value, dict) for value in rope.values()):
+        kind = "one for each kind of layer"
     wrong = {
         "model_type": fields.get("model_type", "llama") != "llama",
         "hidden_act": fields.get("hidden_act", "silu") != "silu",
         "attention_bias": bool(fields.get("attention_bias")),
         "mlp_bias": bool(fields.get("mlp_bias")),
         "rope_scaling": kind != "default",
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1) != 1,
     }
     if any(wrong.values()):
-        found = {key: fields.get(key, kind) for key, bad in wrong.items() if bad}
+        found = {key: fields.get(key, rope.get(key, kind)) for key, bad in wrong.items() if bad}
         raise errors.WeightsError(f"{found} is not supported; plain LLaMA is")
     needed = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size",
               "num_attention_heads")  # fmt: skip
     if absent := [key for key in needed if key not in fields]:
         raise errors.WeightsError(f"{absent} missing; not a LLaMA config")
-    cfg = llama.LlamaConfig(
+    cfg = bounds.make_config(
+        llama.LlamaConfig,
         vocab_size=fields["vocab_size"],
         width=fields["hidden_size"],
         depth=fields["num_hidden_layers"],
@@ -372,11 +415,17 @@ def config_from_hf(fields: Mapping[str, Any]) -> llama.LlamaConfig:
         head_width=fields.get("head_dim") or 0,
         # Absent keys mean what transformers' LlamaConfig means by them.
         rope_theta=float(rope.get("rope_theta") or fields.get("rope_theta") or 1e4),
-        rms_eps=fields.get("rms_norm_eps", 1e-6),
-        max_tokens=fields.get("max_position_embeddings", fields.get("max_sequence_length", 2048)),
+        rms_eps=_or(fields.get("rms_norm_eps"), 1e-6),
+        max_tokens=_or(
+            fields.get("max_position_embeddings"), _or(fields.get("max_sequence_length"), 2048)
+        ),
         tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
     )
     return _normal(cfg)
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def config_to_hf(cfg: llama.LlamaConfig) -> dict[str, Any]:
@@ -424,7 +473,8 @@ def config_from_meta(fields: Mapping[str, Any], vocab_size: int) -> llama.LlamaC
     multiple = fields.get("multiple_of", 256)
     hidden = int(8 * fields["dim"] / 3)
     hidden = int((fields.get("ffn_dim_multiplier") or 1) * hidden)
-    cfg = llama.LlamaConfig(
+    cfg = bounds.make_config(
+        llama.LlamaConfig,
         vocab_size=vocab_size,
         width=fields["dim"],
         depth=fields["n_layers"],
@@ -453,7 +503,8 @@ def config_from_gguf(metadata: Mapping[str, Any], *, tied: bool) -> llama.LlamaC
             f"GGUF: rotary over {get['rope.dimension_count']} of {head_width} channels per head; "
             "only all of them are supported"
         )
-    cfg = llama.LlamaConfig(
+    cfg = bounds.make_config(
+        llama.LlamaConfig,
         vocab_size=get.get("vocab_size") or len(metadata["tokenizer.ggml.tokens"]),
         width=width,
         depth=get["block_count"],

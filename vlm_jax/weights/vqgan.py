@@ -12,7 +12,7 @@ from typing import Any
 
 from vlm_jax.models import vqgan
 from vlm_jax.nn import functional
-from vlm_jax.weights import convert, errors, readers, shipped
+from vlm_jax.weights import bounds, convert, errors, readers, shipped
 
 
 def _weight(match) -> str:
@@ -130,16 +130,21 @@ def config_from_hf(fields: Mapping[str, Any]) -> vqgan.VqganConfig:
     needed = (set(_FIELDS) - {"commitment_cost"}) | {"no_attn_mid_block"}
     if absent := sorted(needed - set(fields)):
         raise errors.WeightsError(f"{absent} missing; not a VQGAN config")
-    if not fields.get("resample_with_conv", True):
-        raise errors.WeightsError("resample_with_conv=false is not supported; only true is")
     sizes = {ours: fields[theirs] for theirs, ours in _FIELDS.items() if theirs in fields}
     # Not upstream's key: there the groups are always 32.
     groups = fields.get("norm_groups", 32)
-    return vqgan.VqganConfig(**sizes, mid_attn=not fields["no_attn_mid_block"], norm_groups=groups)
+    return bounds.make_config(
+        vqgan.VqganConfig,
+        **sizes,
+        mid_attn=not fields["no_attn_mid_block"],
+        resample_with_conv=fields.get("resample_with_conv", True),
+        norm_groups=groups,
+    )
 
 
 def config_to_hf(cfg: vqgan.VqganConfig) -> dict[str, Any]:
     """The config.json of the released tokenizer's form."""
     fields = {theirs: getattr(cfg, ours) for theirs, ours in _FIELDS.items()}
-    fields |= dict(no_attn_mid_block=not cfg.mid_attn, resample_with_conv=True, dropout=0.0)
+    fields |= dict(no_attn_mid_block=not cfg.mid_attn, dropout=0.0,
+                   resample_with_conv=cfg.resample_with_conv)  # fmt: skip
     return fields | ({} if cfg.norm_groups == 32 else dict(norm_groups=cfg.norm_groups))

@@ -4,9 +4,9 @@
     <image> BOS  prompt ...  label ,  label ,  ...  label ,        closed form
 
 Two ids are added behind the tokenizer's: <image>, the marker behind the image's vectors, and
-<empty> at padding places. A SentencePiece tokenizer encodes the whole text at once, as the
-reference does. Byte-level ones may join a comma with what stands beside it, so there every label is
-encoded with a space in front, and the delimiter put between.
+<empty> at padding places. A SentencePiece tokenizer, as a .model or as a tokenizer.json, encodes
+the whole text at once, as the reference does. Byte-level ones may join a comma with what stands
+beside it, so there every label is encoded with a space in front, and the delimiter put between.
 """
 
 from __future__ import annotations
@@ -51,12 +51,15 @@ class Vocabulary:
           DataError: no begin or end token, or the delimiter is not a token of its own.
         """
         self._tokenizer = tokenizer
-        self._whole = hasattr(tokenizer, "bos_id")  # SentencePiece
-        if self._whole:
+        self._library = hasattr(tokenizer, "bos_id")  # sentencepiece, or tokenizers
+        self._whole = self._library or tokenizers.marks_spaces(tokenizer)
+        if self._library:
             base, bos_id, eos_id = tokenizer.vocab_size(), tokenizer.bos_id(), tokenizer.eos_id()
             self._unknown = tokenizer.unk_id()
         else:
-            base, self._unknown = tokenizer.get_vocab_size(), None
+            base = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # ids have holes
+            self._unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
+            tokenizer.encode_special_tokens = True  # "</s>" in a label is text
         if bos_id is None or eos_id is None or min(bos_id, eos_id) < 0:
             raise records.DataError(
                 f"{name}: begin token {bos_id}, end token {eos_id}; NXTP needs both"
@@ -77,7 +80,7 @@ class Vocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Ids without begin and end."""
-        if self._whole:
+        if self._library:
             return list(self._tokenizer.encode(text))
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -111,7 +114,7 @@ class Vocabulary:
             raise records.BadRecordError(
                 f"behind {prompt!r} the labels {labels} begin inside the prompt's last token"
             )
-        if self._unknown in ids[len(front) :]:
+        if self._unknown is not None and self._unknown in ids[len(front) :]:
             raise records.BadRecordError(f"the tokenizer has no tokens for all of {labels}")
         if not closed:
             return [*ids, self.eos_id]
@@ -129,11 +132,17 @@ def find(path: str | os.PathLike) -> pathlib.Path:
     return pathlib.Path(path).expanduser()
 
 
+# Of files that do not say which tokens begin and end a text, in this order.
+_BEGINS = ("<s>", "<|begin_of_text|>", "<bos>", "<|im_start|>", "<|endoftext|>", "[CLS]")
+_ENDS = ("</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|endoftext|>", "[SEP]")
+
+
 @functools.lru_cache(maxsize=4)
 def load(path: str | os.PathLike) -> Vocabulary:
     """The vocabulary of a file: SentencePiece `.model`, `tokenizer.json`, or `.gguf`.
 
-    A folder holds one of them; "smollm2" is a published file.
+    A folder holds one of them; "smollm2" is a published file. Begin and end of a tokenizer.json
+    are those of the tokenizer_config.json beside it, or tokens of a usual name.
 
     Raises:
       DataError: not a tokenizer, or one that does not do; see `Vocabulary`.
@@ -147,9 +156,21 @@ def load(path: str | os.PathLike) -> Vocabulary:
     file = find(path)
     if file.is_dir():
         names = ("tokenizer.model", "tokenizer.json")
-        file = next((file / name for name in names if (file / name).exists()), file / names[0])
+        found = [file / name for name in names if (file / name).exists()]
+        if not found:
+            raise records.DataError(f"{file} holds no tokenizer: neither {' nor '.join(names)}")
+        file = found[0]
     if not file.exists():
         raise records.DataError(f"{file}: no such tokenizer")
+    try:
+        return _open(file)
+    except (records.DataError, records.MissingExtraError, OSError):
+        raise
+    except Exception as error:  # tokens that are no text, say; the libraries raise every kind
+        raise records.DataError(f"{file}: not a tokenizer that can be used: {error!r}") from error
+
+
+def _open(file: pathlib.Path) -> Vocabulary:
     if file.suffix == ".model":
         return Vocabulary(tokenizers.from_sentencepiece(file), name=str(file))
     if file.suffix == ".gguf":
@@ -159,13 +180,9 @@ def load(path: str | os.PathLike) -> Vocabulary:
         ids = {f"{k}_id": metadata.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos")}
         return Vocabulary(tokenizers.from_gguf(metadata), name=str(file), **ids)
     tokenizer = tokenizers.from_json(file)
-    ids = {
-        f"{kind}_id": next(
-            (i for text in texts if (i := tokenizer.token_to_id(text)) is not None), None
-        )
-        for kind, texts in (
-            ("bos", ("<s>", "<|im_start|>", "<|endoftext|>", "[CLS]")),
-            ("eos", ("</s>", "<|im_end|>", "<|endoftext|>", "[SEP]")),
-        )
-    }
+    named = tokenizers.special_tokens(file)
+    ids = {}
+    for kind, usual in (("bos", _BEGINS), ("eos", _ENDS)):
+        found = map(tokenizer.token_to_id, (named.get(f"{kind}_token", ""), *usual))
+        ids[f"{kind}_id"] = next((i for i in found if i is not None), None)
     return Vocabulary(tokenizer, name=str(file), **ids)
