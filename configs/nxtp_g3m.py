@@ -53,7 +53,7 @@ def full(corpora, steps, batch_size=512):
         decoder=dict(preset="llama_6", dtype="bfloat16", remat="full"),
     )
     c.task = dict(
-        mask="labels", positions="absolute", loss_chunk=64, k=10, max_tokens=20,
+        mask="labels", positions="absolute", loss_chunk=64, k=10, max_tokens=19,
         delimiter_id=29892, tokenizer="",
     )  # fmt: skip
     c.formatter = dict(

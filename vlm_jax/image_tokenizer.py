@@ -18,7 +18,35 @@ from vlm_jax.data import image_files, images, records, streaming
 from vlm_jax.models import vqgan
 from vlm_jax.nn import functional
 from vlm_jax.ops import buckets
+from vlm_jax.weights import errors
 from vlm_jax.weights import vqgan as vqgan_weights
+
+
+def checked_config(
+    name: str, *, side: int = 0, codebook_size: int = 0, tokens_per_image: int = 0
+) -> vqgan.VqganConfig:
+    """The config of a tokenizer, for images of another side if asked; its weights are not read.
+
+    Args: as `ImageTokenizer.load` takes them.
+
+    Raises:
+      FileNotFoundError: no such tokenizer.
+      WeightsError: another codebook or another number of ids per image than asked for. A language
+        model paired with a tokenizer that it was not trained on runs and gives noise.
+    """
+    cfg = vqgan_weights.config_beside(name)
+    if side:
+        cfg = dataclasses.replace(cfg, resolution=side)
+    for what, has, needs in (
+        ("codes", cfg.num_embeddings, codebook_size),
+        ("ids per image", cfg.tokens_per_image, tokens_per_image),
+    ):
+        if needs and has != needs:
+            raise errors.WeightsError(
+                f"tokenizer {name!r} has {has} {what}, the language model needs {needs}; "
+                f"give the tokenizer that the ids were made with"
+            )
+    return cfg
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,22 +82,12 @@ class ImageTokenizer:
           max_batch: images per device call.
 
         Raises:
-          ValueError: another codebook or another number of ids per image than asked for. A language
-            model paired with a tokenizer that it was not trained on runs and gives noise.
+          FileNotFoundError, WeightsError: see `checked_config` and `weights.vqgan.load`.
         """
-        cfg, params = vqgan_weights.load(name)
-        if side:
-            cfg = dataclasses.replace(cfg, resolution=side)
-        for what, has, needs in (
-            ("codes", cfg.num_embeddings, codebook_size),
-            ("ids per image", cfg.tokens_per_image, tokens_per_image),
-        ):
-            if needs and has != needs:
-                raise ValueError(
-                    f"tokenizer {name!r} has {has} {what}, the language model needs {needs}; "
-                    f"give the tokenizer that the ids were made with"
-                )
-        return cls(cfg, params, max_batch)
+        cfg = checked_config(
+            name, side=side, codebook_size=codebook_size, tokens_per_image=tokens_per_image
+        )
+        return cls(cfg, vqgan_weights.load(name, cfg)[1], max_batch)
 
     @property
     def side(self) -> int:

@@ -108,9 +108,8 @@ def test_complete_file_without_clip(files, golden_nxtp, loaded):
 
 
 @pytest.mark.parametrize("released", [False, True])
-def test_export_and_load_again(files, loaded, tmp_path, released, monkeypatch):
+def test_export_and_load_again(files, loaded, tmp_path, released):
     folder = files[0]
-    monkeypatch.setattr(nxtp, "TRAINED_BLOCKS", 1)
     loaded.export(tmp_path / "out.pth", released=released, dtype="float32")
     names = dict(clip=str(folder / "clip.pt")) if released else {}
     again = vlm_jax.load("nxtp", str(tmp_path / "out.pth"), llama=str(folder / "llama"), **names)

@@ -101,6 +101,7 @@ def test_a_batch_that_fits(task, params):
     (dict(tokens=np.full((2, 8), 66, np.int32)), "formatter.tokenizer is another"),
     (dict(weights=np.zeros((2, 8), np.float32)), "no token of the first batch"),
     (dict(tokens=np.full((2, 8), 4, np.int32)), "task.delimiter_id=5"),
+    (dict(prompt=np.full((2, 3), 62, np.int32)), "has 64 ids .*vocab_size=66.*Set it to 64"),
 ])  # fmt: skip
 def test_batches_that_do_not_fit(task, change, message):
     with pytest.raises(config_lib.ConfigError, match=message):

@@ -110,6 +110,16 @@ def test_bad_config_is_named(tmp_path, source, capsys, config, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("names, expected", [
+    (["float32"], "float32"), (["float16"], "float16"), (["bfloat16"], "bfloat16"),
+    (["bfloat16", "float16"], "float32"), (["bfloat16", "float8_e4m3fn"], "bfloat16"),
+    (["float16", "float8_e5m2"], "float16"), (["float8_e4m3fn", "float8_e5m2"], "bfloat16"),
+    (["float64", "bfloat16"], "float32"),
+])  # fmt: skip
+def test_the_dtype_that_holds_a_mixture(names, expected):
+    assert convert_weights.common_dtype(names) == expected
+
+
 @pytest.mark.slow
 def test_command_line_without_traceback(tmp_path, source):
     (source / "model.safetensors").write_bytes(b"\xff" * 100)

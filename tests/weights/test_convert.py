@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vlm_jax.weights import convert
+from vlm_jax.weights import convert, errors
 
 
 def shape(*sizes, dtype="float32"):
@@ -101,6 +101,35 @@ def test_dtype_is_that_of_the_tree_and_each_tensor_is_read_once():
     params = convert.convert(Counting(upstream()), RULES, abstract)
     assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
     assert sorted(reads) == sorted(upstream())
+
+
+@pytest.mark.parametrize("value, dtype, message", [
+    (np.nan, "float32", "1 of 6 values are not finite, first nan at (1, 0)"),
+    (-np.inf, "bfloat16", "1 of 6 values are not finite, first -inf at (1, 0)"),
+    (1e5, "float16", "1 of 6 values are too large for float16, first 100000 at (1, 0)"),
+    (3.4e38, "bfloat16", "1 of 6 values are too large for bfloat16, first 3.4e+38 at (1, 0)"),
+])  # fmt: skip
+def test_values_that_do_not_fit_are_named(value, dtype, message):
+    tensors = upstream()
+    tensors["head.weight"][1, 0] = value
+    abstract = jax.tree.map(lambda x: shape(*x.shape, dtype=dtype), ABSTRACT)
+    with pytest.raises(convert.ConversionError) as caught:
+        convert.convert(tensors, RULES, abstract)
+    assert caught.value.errors == (f"head.weight: {message}",)
+    with pytest.raises(errors.WeightsError, match="^head.weight: 1 of 6 values"):
+        convert.cast(tensors["head.weight"], dtype, "head.weight")
+
+
+def test_whole_numbers_are_no_weights():
+    tensors = upstream() | {"head.weight": np.ones((3, 2), np.int8)}
+    with pytest.raises(convert.ConversionError, match="head.weight: holds int8.*is it quantised"):
+        convert.convert(tensors, RULES, ABSTRACT)
+
+
+def test_nothing_is_allocated_for_what_the_file_does_not_hold():
+    huge = ABSTRACT | {"head": {"kernel": shape(2**20, 2**30)}}  # 4 PiB
+    with pytest.raises(convert.ConversionError, match=r"has shape \(3, 2\), but head/kernel needs"):
+        convert.convert(upstream(), RULES, huge)
 
 
 def test_shardings_place_the_parameters():

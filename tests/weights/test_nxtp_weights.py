@@ -104,12 +104,11 @@ def split_checkpoint(tensors, folder, depth, trained=1):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_released_file_over_clip(golden, tmp_path, monkeypatch, suffix):
+def test_released_file_over_clip(golden, tmp_path, suffix):
     torch = pytest.importorskip("torch")
     tensors, abstract, params = golden
-    monkeypatch.setattr(nxtp, "TRAINED_BLOCKS", 1)
     if suffix == ".pth":
-        nxtp.save_pth(tmp_path / "released.pth", params, dtype="float32")
+        nxtp.save(tmp_path / "released.pth", params, dtype="float32")
         stored = torch.load(tmp_path / "released.pth", weights_only=True)
         assert set(stored) == {"epoch", "global_step", "model"}
         path = tmp_path / "released.pth"
@@ -128,21 +127,77 @@ def test_released_file_over_clip(golden, tmp_path, monkeypatch, suffix):
     jax.tree.map(np.testing.assert_array_equal, nxtp.from_tensors(combined, abstract), params)
 
 
-def test_released_names_of_the_reference(golden, golden_nxtp, monkeypatch):
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["hf", "easylm", "native"])
+def test_a_padded_table_loses_its_unused_rows(layout):
+    base = llama_model.LlamaConfig(20, 16, 1, 24, 2)
+    rng = np.random.default_rng(1)
+    full = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype),
+                        llama.abstract_params(base))  # fmt: skip
+    rules = dict(hf=llama.HF_RULES, easylm=llama.EASYLM_RULES, native=convert.NATIVE_RULES)[layout]
+    stored = lazy.Tensors(convert.revert(full, rules), "x")
+    made = nxtp.decoder_from_llama(stored, dataclasses.replace(base, vocab_size=18 + 2))
+    np.testing.assert_array_equal(made["embed"]["table"], full["embed"]["table"][:18])
+    head = made["lm_head"]["kernel"]
+    np.testing.assert_array_equal(head[:, :18], full["lm_head"]["kernel"][:, :18])
+
+
+def test_the_suffix_decides_the_format(golden, tmp_path, suffix, dtype):
+    pytest.importorskip("torch")
+    file = tmp_path / f"out{suffix}"
+    nxtp.save(file, golden[2], released=False, dtype=dtype)
+    assert (file.read_bytes()[:2] == b"PK") == (suffix == ".pth")
+    made = nxtp.from_tensors(nxtp.read(file), golden[1])
+    close = dict(rtol=2**-8) if dtype == "bfloat16" else dict(rtol=0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), made, golden[2])
+
+
+def test_files_that_would_not_be_what_they_say(golden, tmp_path):
+    with pytest.raises(errors.WeightsError, match="suffix '.npz' names no format; .pth"):
+        nxtp.save(tmp_path / "out.npz", golden[2])
+    large = functional.flatten(golden[2])
+    large["decoder/final_norm/scale"] = large["decoder/final_norm/scale"] * 0 + 1e5
+    for suffix in (".pth", ".safetensors"):
+        with pytest.raises(errors.WeightsError, match="norm.weight: .* too large for float16"):
+            nxtp.save(tmp_path / f"out{suffix}", functional.unflatten(large))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tied_head_is_written_out(golden):
+    _, abstract, params = golden
+    decoder = {name: x for name, x in params["decoder"].items() if name != "lm_head"}
+    made = nxtp.to_upstream(params | {"decoder": decoder})
+    head = made["language_decoder.output.weight"]()
+    np.testing.assert_array_equal(head[:-2], decoder["embed"]["table"])
+    assert not head[-2:].any()
+    shapes = nxtp.shapes(abstract | {"decoder": decoder})
+    assert {name: load().shape for name, load in made.items()} == shapes
+    tied = abstract | {"decoder": {k: x for k, x in abstract["decoder"].items() if k != "lm_head"}}
+    again = nxtp.from_tensors(lazy.Tensors(made, "file"), tied)
+    jax.tree.map(np.testing.assert_array_equal, again["decoder"], decoder)
+    with pytest.raises(errors.WeightsError, match="head is not its embedding"):
+        nxtp.from_tensors(lazy.Tensors(nxtp.to_upstream(params), "file"), tied)
+
+
+def test_how_many_blocks_are_trained_follows_the_tower():
+    # 18 of 24 is the paper's; the reference's two-block fixture trains its second.
+    assert [nxtp.first_trained(n) for n in (24, 2, 1, 12)] == [18, 1, 0, 9]
+
+
+def test_released_names_of_the_reference(golden, golden_nxtp):
     meta = json.loads((golden_nxtp / "meta.json").read_text())
-    monkeypatch.setattr(nxtp, "TRAINED_BLOCKS", 1)
     made = nxtp.to_upstream(golden[2], released=True)
     assert sorted(made) == sorted(meta["checkpoint_trainable_keys_released_form"])
 
 
-def test_tower_from_hugging_face(golden, tmp_path, monkeypatch):
+def test_tower_from_hugging_face(golden, tmp_path):
     tensors, abstract, params = golden
     vision_cfg = dataclasses.replace(clip_model.VisionConfig(128, 2, 14, 42), projection=8)
     projection = {"kernel": np.zeros((128, 8), np.float32)}
     tree = {"vision": {**params["vision"], "projection": projection}}
     stored = lazy.Tensors(convert.revert(tree, clip.HF_RULES), "memory")
     assert clip.vision_config_of(stored) == vision_cfg
-    monkeypatch.setattr(nxtp, "TRAINED_BLOCKS", 1)
     released = lazy.Tensors(nxtp.to_upstream(params, released=True), "memory")
     released = released.renamed(lambda name: name.removeprefix("module."))
     made = nxtp.from_tensors(nxtp.over_clip(released, stored), abstract)

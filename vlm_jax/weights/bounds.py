@@ -123,12 +123,14 @@ def make_config(cls: type, **fields: Any) -> Any:
       WeightsError: a field that has not, with its value.
       TypeError: unknown or missing fields. ValueError: the config's own checks.
     """
-    types = {field.name: field.type for field in dataclasses.fields(cls)}
+    known = {field.name: field for field in dataclasses.fields(cls)}
     for name, value in fields.items():
         most = _MAX_OF.get(name, _MAX_SIZE)
-        match types.get(name):
+        match known[name].type if name in known else "":
             case "int":
-                good, wanted = is_count(value) and value <= most, f"a whole number up to {most:,}"
+                # 0 only where it means something: the default of such a field.
+                least = 0 if known[name].default == 0 else 1
+                good, wanted = is_count(value) and least <= value <= most, f"{least} to {most:,}"
             case "float":
                 number = isinstance(value, (int, float)) and not isinstance(value, bool)
                 good, wanted = number and math.isfinite(value), "a number"

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -118,6 +119,12 @@ def write(
     for name, content in files.items():
         _write_text(folder / name, json.dumps(content, indent=2) + "\n")
     return digests
+
+
+def write_file(file: str | os.PathLike, checkpoint: Checkpoint) -> str:
+    """Writes the tensors of a checkpoint alone, into one file; returns its sha256."""
+    (shard,) = _shards(checkpoint, sys.maxsize)
+    return _write_shard(pathlib.Path(file), checkpoint, shard)
 
 
 def _shards(checkpoint: Checkpoint, max_bytes: int) -> list[dict[str, int]]:

@@ -248,8 +248,9 @@ def to_hf(params: Mapping[str, Any], cfg: llama.LlamaConfig) -> dict[str, Callab
 
 
 def to_meta(params: Mapping[str, Any]) -> dict[str, Callable]:
-    """Our parameters -> Meta's name -> function returning the array."""
-    return convert.revert(params, META_RULES)
+    """Our parameters -> Meta's name -> function returning the array; a tied head is written out."""
+    loaders = convert.revert(params, META_RULES)
+    return {"output.weight": loaders["tok_embeddings.weight"], **loaders}
 
 
 def first_blocks(tensors: convert.Tensors, depth: int) -> lazy.Tensors:
@@ -274,6 +275,30 @@ def first_blocks(tensors: convert.Tensors, depth: int) -> lazy.Tensors:
     for name, load in native.items():
         kept[name] = lambda load=load: load()[:depth]
     return lazy.Tensors(kept, convert.source_of(tensors), getattr(tensors, "metadata", None))
+
+
+def first_tokens(tensors: convert.Tensors, count: int) -> lazy.Tensors:
+    """The tensors without the table's and head's rows from `count` on: padding behind a vocabulary.
+
+    Shorter tables stay as they are; nothing is loaded. Any layout.
+    """
+    layout = layout_of(tensors)
+    rules = _RULES.get(layout, convert.NATIVE_RULES)
+    theirs = {rule.ours: rule.theirs for rule in rules if isinstance(rule.theirs, str)}
+    table, head = (theirs.get(path, path) for path in ("embed/table", "lm_head/kernel"))
+    by_column = layout in ("easylm", "native")
+
+    def cut(name):
+        x = tensors[name]
+        return x[:, :count] if by_column and name.endswith(head) else x[:count]
+
+    loaders = {
+        name: (lambda name=name: cut(name))
+        if name.endswith((table, head))
+        else lazy.item(tensors, name)
+        for name in tensors
+    }
+    return lazy.Tensors(loaders, convert.source_of(tensors), getattr(tensors, "metadata", None))
 
 
 # ---- whole checkpoints -----------------------------------------------------------------------

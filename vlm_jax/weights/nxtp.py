@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import operator
 import os
 import pathlib
 import re
@@ -25,10 +24,10 @@ import numpy as np
 
 from vlm_jax.models import clip as clip_model
 from vlm_jax.models import llama as llama_model
-from vlm_jax.weights import clip, convert, errors, export, lazy, llama, readers
+from vlm_jax.weights import clip, convert, errors, export, lazy, llama, readers, torch_file
 
 _VISION, _DECODER = "vision_encoder.", "language_decoder."
-_TABLE = _DECODER + "tok_embeddings.weight"
+_TABLE, _HEAD = _DECODER + "tok_embeddings.weight", _DECODER + "output.weight"
 _ROWS = {"#base": slice(0, -2), "#image": -2, "#empty": -1}
 _SCALE = _VISION + "logit_scale"  # copied from CLIP, read by nobody
 _IGNORED = (re.escape(_SCALE), r"language_decoder\.rope\.freqs")
@@ -50,14 +49,15 @@ RULES = (
     ),
 )
 
-# upstream: the parameters that require a gradient, of a tower of 24 blocks.
-TRAINED_BLOCKS = 6
+
+def first_trained(num_vision_blocks: int) -> int:
+    """The first trained block of a tower: its last quarter is; upstream: 18 of ViT-L's 24."""
+    return num_vision_blocks - max(num_vision_blocks // 4, 1)
 
 
 def trained(num_vision_blocks: int) -> str:
     """A regex of our parameters that a released file holds, apart from the frozen table."""
-    first = max(num_vision_blocks - TRAINED_BLOCKS, 0)
-    blocks = "|".join(str(i) for i in range(first, num_vision_blocks))
+    blocks = "|".join(str(i) for i in range(first_trained(num_vision_blocks), num_vision_blocks))
     return (
         rf"^(vision/(blocks/({blocks})|post_norm)/|projection/|decoder/"
         r"(layers|final_norm|lm_head)/|decoder/embed/image$)"
@@ -65,14 +65,12 @@ def trained(num_vision_blocks: int) -> str:
 
 
 def read(path: str | os.PathLike, clip_path: str | os.PathLike = "") -> lazy.Tensors:
-    """A checkpoint of the reference, `module.` removed, laid over the tower of a CLIP file.
+    """A checkpoint of the reference, laid over the tower of a CLIP file.
 
     Raises:
       FileNotFoundError, WeightsError: see `readers.read`.
     """
     tensors = readers.read(path)
-    if any(name.startswith("module.") for name in tensors):
-        tensors = tensors.renamed(operator.methodcaller("removeprefix", "module."))
     if not clip_path:
         return tensors
     return over_clip(tensors, clip.read(clip_path))
@@ -117,9 +115,18 @@ def from_tensors(
     Raises:
       ConversionError: as there; a released file without its CLIP is told what it lacks.
     """
-    if _SCALE in tensors or _VISION + "class_embedding" in tensors:
-        return convert.convert(_cut(tensors), RULES, abstract, _IGNORED, shardings)
-    raise errors.WeightsError(_LACKS_CLIP.format(convert.source_of(tensors)))
+    source = convert.source_of(tensors)
+    if not (_SCALE in tensors or _VISION + "class_embedding" in tensors):
+        raise errors.WeightsError(_LACKS_CLIP.format(source))
+    ignored = _IGNORED
+    if "lm_head" not in abstract["decoder"] and _HEAD in tensors and _TABLE in tensors:
+        if not np.array_equal(tensors[_HEAD][:-2], tensors[_TABLE][:-2]):
+            raise errors.WeightsError(
+                f"{source}: its head is not its embedding, but the model ties them; set "
+                "model.decoder.tie_embeddings=False"
+            )
+        ignored = (*_IGNORED, re.escape(_HEAD))
+    return convert.convert(_cut(tensors), RULES, abstract, ignored, shardings)
 
 
 def _cut(tensors: convert.Tensors) -> lazy.Tensors:
@@ -136,6 +143,8 @@ def _cut(tensors: convert.Tensors) -> lazy.Tensors:
 def to_upstream(params: Mapping[str, Any], *, released: bool = False) -> dict[str, Callable]:
     """Our parameters -> the reference's name -> function returning the array.
 
+    The reference knows no tied heads: one is written out, zero for the two added tokens.
+
     Args:
       params: complete.
       released: the trained tensors alone, `module.` in front, as the released files are. The
@@ -146,6 +155,8 @@ def to_upstream(params: Mapping[str, Any], *, released: bool = False) -> dict[st
     loaders[_TABLE] = lambda: np.concatenate(
         [parts[0](), parts[1]()[None], parts[2]()[None]], axis=0
     )
+    if _HEAD not in loaders:
+        loaders[_HEAD] = lambda: np.pad(parts[0](), ((0, 2), (0, 0)))
     if not released:
         return loaders | {_SCALE: lambda: np.float32(np.log(100)).reshape(())}
     names = released_names(loaders, _num_vision_blocks(params))
@@ -158,12 +169,13 @@ def shapes(abstract: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     base = found.pop(_TABLE + "#base")
     for part in ("#image", "#empty"):
         found.pop(_TABLE + part)
-    return found | {_TABLE: (base[0] + 2, base[1]), _SCALE: ()}
+    rows = base[0] + 2, base[1]
+    return found | {_TABLE: rows, _HEAD: rows, _SCALE: ()}
 
 
 def released_names(names: Iterable[str], num_vision_blocks: int) -> list[str]:
     """Which of the reference's names a released file holds."""
-    first = num_vision_blocks - TRAINED_BLOCKS
+    first = first_trained(num_vision_blocks)
     kept = []
     for name in names:
         block = re.match(r"vision_encoder\.transformer\.resblocks\.(\d+)\.", name)
@@ -185,27 +197,31 @@ def checkpoint(params: Mapping[str, Any], *, released: bool = False, dtype="floa
     return export.Checkpoint(tensors, sizes, np.dtype(dtype), "nxtp", {"format": "pt"}, {})
 
 
-def save_pth(
+def save(
     path: str | os.PathLike, params: Mapping[str, Any], *, released: bool = True, dtype="float16"
 ) -> None:
-    """Writes the .pth that the reference loads: {"model": names -> tensors}.
+    """Writes one file in the reference's names; its suffix says the format.
+
+    Args:
+      path: .pth, what the reference loads: {"model": names -> tensors}, or .safetensors.
+      params: complete.
+      released: see `to_upstream`.
+      dtype: of the file.
 
     Raises:
-      WeightsError: torch is missing.
+      WeightsError: another suffix, torch is missing, or values that the dtype cannot hold.
     """
-    try:
-        import torch
-    except ImportError as error:
+    suffix = pathlib.Path(path).suffix
+    if suffix == ".safetensors":
+        export.write_file(path, checkpoint(params, released=released, dtype=dtype))
+    elif suffix in torch_file.SUFFIXES:
+        tensors = to_upstream(params, released=released)
+        torch_file.write(path, tensors, dtype, epoch=0, global_step=0)
+    else:
         raise errors.WeightsError(
-            f"{path}: writing a .pth needs torch: pip install torch"
-        ) from error
-    model = {
-        name: torch.from_numpy(np.array(load(), dtype))
-        for name, load in to_upstream(params, released=released).items()
-    }
-    partial = f"{os.fspath(path)}.partial"
-    torch.save({"epoch": 0, "global_step": 0, "model": model}, partial)
-    os.replace(partial, path)
+            f"{path}: the suffix {suffix!r} names no format; .pth (or "
+            f"{', '.join(torch_file.SUFFIXES)}) is torch's, .safetensors the other"
+        )
 
 
 # ---- where training starts -------------------------------------------------------------------
@@ -216,6 +232,9 @@ def decoder_from_llama(
 ) -> dict[str, Any]:
     """The first blocks of a language model in any layout, with the two added tokens.
 
+    A table may be longer than our vocabulary, as those padded to a multiple of 64 are: the task
+    checks that the tokenizer has just our ids, so the rows behind them are never read.
+
     Both vectors in the table are standard normal. Of the head, the marker's column is uniform
     within 1/sqrt(width) and the other zero; upstream: models/llama.py extends the tables so.
 
@@ -225,7 +244,8 @@ def decoder_from_llama(
       seed: of the random rows.
     """
     base = dataclasses.replace(cfg, vocab_size=cfg.vocab_size - 2, scan_layers=True, fused=False)
-    params = llama.from_tensors(llama.first_blocks(tensors, cfg.depth), base)
+    wanted = llama.first_tokens(llama.first_blocks(tensors, cfg.depth), base.vocab_size)
+    params = llama.from_tensors(wanted, base)
     rng = np.random.default_rng(seed)
     dtype = np.dtype(cfg.param_dtype)
     vectors = rng.standard_normal((2, cfg.width)).astype(dtype)

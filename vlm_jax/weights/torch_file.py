@@ -1,10 +1,11 @@
-"""State dicts of torch (.bin .pth .pt .ckpt) through its restricted loader.
+"""State dicts of torch (.bin .pth .pt .ckpt), read through its restricted loader, and written.
 
 There is no other loader to fall back to: a file that asks for more than tensors is refused.
 """
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 import zipfile
@@ -14,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vlm_jax.weights import bounds, errors, lazy
+from vlm_jax.weights import bounds, convert, errors, lazy
 
 SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 # Files of a training run hold the weights under one of these, beside counters and moments.
@@ -59,6 +60,29 @@ def read(file: pathlib.Path) -> lazy.Tensors:
     )
 
 
+def write(file: str | os.PathLike, state: Mapping[str, lazy.Loader], dtype: Any, **more) -> None:
+    """Writes {"model": name -> tensor, **more}, under a temporary name until it is complete.
+
+    Raises:
+      WeightsError: torch is missing, or values that the dtype cannot hold.
+    """
+    torch = _torch(pathlib.Path(file))
+    dtype = np.dtype(dtype)
+
+    def tensor(name):
+        x = np.array(convert.cast(state[name](), dtype, name), order="C")
+        if dtype.name in _FOREIGN:
+            return torch.from_numpy(x.view(np.int16)).view(getattr(torch, dtype.name))
+        return torch.from_numpy(x)
+
+    partial = f"{os.fspath(file)}.partial"
+    try:
+        torch.save({**more, "model": {name: tensor(name) for name in state}}, partial)
+        os.replace(partial, file)
+    finally:
+        pathlib.Path(partial).unlink(missing_ok=True)
+
+
 def _reason(error: Exception) -> str:
     text = str(error).strip()
     if asked := re.search(r"GLOBAL ([\w.]+)", text):
@@ -73,7 +97,7 @@ def _torch(file: pathlib.Path) -> Any:
         import torch
     except ImportError as error:
         raise errors.WeightsError(
-            f"{file} needs torch to be read: pip install torch, or convert the file to safetensors"
+            f"{file} needs torch: pip install torch, or use the safetensors format"
         ) from error
     # Before 2.6 the restricted loader itself could be made to run code (CVE-2025-32434).
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):

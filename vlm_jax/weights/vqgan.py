@@ -97,14 +97,27 @@ def load(
     """
     path = shipped.folder_of("vqgan", path)
     tensors = readers.read(path)
-    cfg = cfg or config_of(tensors, path)
+    cfg = cfg or config_beside(path)
     return cfg, from_tensors(tensors, cfg, shardings)
 
 
 def config_of(tensors: convert.Tensors, path: str | os.PathLike) -> vqgan.VqganConfig:
-    """The config.json beside the weights."""
-    del tensors  # the shapes do not tell at which sides attention is applied
-    file = readers.folder_of(path) / "config.json"
+    """See `config_beside`; every network's module has this function."""
+    del tensors
+    return config_beside(path)
+
+
+def config_beside(path: str | os.PathLike) -> vqgan.VqganConfig:
+    """The config.json beside the weights: shapes do not tell at which sides attention is applied.
+
+    Raises:
+      FileNotFoundError: nothing there, or no config.json.
+      WeightsError: it is damaged, or not of a VQGAN.
+    """
+    folder = readers.folder_of(shipped.folder_of("vqgan", path))
+    file = folder / "config.json"
+    if not folder.exists():
+        raise FileNotFoundError(f"no such checkpoint: {path}")
     if not file.exists():
         raise FileNotFoundError(f"{file} not found; put it there or name a preset: "
                                 f"{', '.join(vqgan.PRESETS)}")  # fmt: skip

@@ -345,22 +345,27 @@ def from_upstream(
       ValueError: no tokenizer is given, or it does not fit the language model.
     """
     from vlm_jax.weights import llama as llama_weights
+    from vlm_jax.weights import readers
 
+    tensors = readers.read(checkpoint)
     if not tokenizer:
         raise ValueError(
             f"{checkpoint} holds no tokenizer; give tokenizer=FOLDER with the released VQGAN "
             f"(config.json and pytorch_model.bin or .safetensors)"
         )
+    if preset and preset not in llama.PRESETS:
+        raise ValueError(f"no preset {preset!r}; there are {', '.join(llama.PRESETS)}")
+    num_codes = image_tokenizer.checked_config(tokenizer).num_embeddings
+    cfg = llama.PRESETS[preset] if preset else llama_weights.config_of(tensors, checkpoint)
+    if num_codes > cfg.vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer!r} has {num_codes} codes, the language model "
+            f"only {cfg.vocab_size} ids; give the tokenizer that it was trained with"
+        )
     vqgan = image_tokenizer.ImageTokenizer.load(tokenizer)
-    cfg = llama.PRESETS[preset] if preset else None
     dtype = dtype or _default_dtype()
     # Stored as computed: 7B in float32 would take 26 GB for nothing.
     cfg, params = llama_weights.load(checkpoint, cfg, dtype=dtype, param_dtype=dtype)
-    if vqgan.cfg.num_embeddings > cfg.vocab_size:
-        raise ValueError(
-            f"tokenizer {tokenizer!r} has {vqgan.cfg.num_embeddings} codes, the language model "
-            f"only {cfg.vocab_size} ids; give the tokenizer that it was trained with"
-        )
     return Lvm(cfg, params, vqgan, context_images=context_images)
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax import config as config_lib
+from vlm_jax import image_tokenizer
 from vlm_jax.decoding import generate, sampling
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
@@ -127,6 +128,19 @@ class LvmTask:
             raise config_lib.ConfigError(
                 f"rows of {length} tokens are longer than model.max_tokens={self.cfg.max_tokens}; "
                 f"lower formatter.max_tokens or raise model.max_tokens"
+            )
+        if (largest := int(batch["tokens"].max())) >= self.cfg.vocab_size:
+            raise config_lib.ConfigError(
+                f"token id {largest} for a model of model.vocab_size={self.cfg.vocab_size} ids; "
+                "formatter.vocab_size must not be larger"
+            )
+        if self.tokenizer:
+            # Raises where its codebook or its number of ids is not the task's.
+            image_tokenizer.checked_config(
+                self.tokenizer,
+                side=self.image_side,
+                codebook_size=self.codebook_size,
+                tokens_per_image=self.tokens_per_image,
             )
         if not np.any(batch["weights"]):
             raise config_lib.ConfigError(
@@ -302,8 +316,6 @@ def _caption(names: list[str]) -> str:
 
 @functools.lru_cache(maxsize=2)
 def _tokenizer(name: str, side: int, codebook_size: int, tokens_per_image: int) -> Any:
-    from vlm_jax import image_tokenizer
-
     if not name:
         raise ValueError("task.tokenizer is empty, and pictures need one: 'tiny' or a folder")
     return image_tokenizer.ImageTokenizer.load(

@@ -180,16 +180,16 @@ class Nxtp:
         return np.asarray(maps[:, 0])
 
     def export(self, path: str | os.PathLike, *, released: bool = False, dtype="float16") -> None:
-        """Writes the .pth that the reference loads; see `weights.nxtp.save_pth`.
+        """Writes a file in the reference's names; see `weights.nxtp.save`.
 
         Args:
-          path: of the new file.
+          path: of the new file: .pth, which the reference loads, or .safetensors.
           released: the tensors that the reference trains alone, as in its own files.
           dtype: of the file.
         """
         from vlm_jax.weights import nxtp
 
-        nxtp.save_pth(path, self.params, released=released, dtype=dtype)
+        nxtp.save(path, self.params, released=released, dtype=dtype)
 
     def _find(
         self, photos: np.ndarray, k: int, max_tokens: int, prompt: np.ndarray

@@ -55,7 +55,7 @@ class NxtpTask:
     positions: str = "absolute"
     loss_chunk: int = 0
     k: int = 10
-    max_tokens: int = 20
+    max_tokens: int = 19
     delimiter_id: int = 29892
     tokenizer: str = ""
 
@@ -157,6 +157,7 @@ class NxtpTask:
                 f"token id {largest} for a decoder of {self.cfg.decoder.vocab_size} ids (the two "
                 "added ones counted): formatter.tokenizer is another model's"
             )
+        self._check_tokenizers(batch["prompt"][0])
         if not np.any(batch["weights"]):
             raise config_lib.ConfigError("no token of the first batch carries loss; check the data")
         segments, tokens = batch["segments"], batch["tokens"]
@@ -172,6 +173,30 @@ class NxtpTask:
             raise config_lib.ConfigError(
                 f"labels end in id {sorted(wrong)}, but task.delimiter_id={self.delimiter_id}; "
                 "take that of formatter.tokenizer"
+            )
+
+    def _check_tokenizers(self, prompt_t: np.ndarray) -> None:
+        """The formatter's tokenizer, which made the prompt, and the task's are the model's."""
+        num_ids = self.cfg.decoder.vocab_size
+        marker = int(prompt_t[0])
+        if marker != self.cfg.image_id:
+            raise config_lib.ConfigError(
+                f"formatter.tokenizer has {marker + network_lib.NUM_ADDED} ids with the two added "
+                f"ones, the model model.decoder.vocab_size={num_ids}: <image> would be another "
+                f"row than the one that is trained. Set it to {marker + network_lib.NUM_ADDED} "
+                "(of a padded table the rows in use are loaded), or take the model's own tokenizer"
+            )
+        if not self.tokenizer:
+            return
+        words = vocabulary.load(self.tokenizer)
+        if (words.size, words.delimiter_id) != (num_ids, self.delimiter_id) or (
+            list(words.prompt()) != prompt_t.tolist()
+        ):
+            raise config_lib.ConfigError(
+                f"task.tokenizer={self.tokenizer} has {words.size} ids and the delimiter "
+                f"{words.delimiter_id}; the model has {num_ids}, task.delimiter_id is "
+                f"{self.delimiter_id}, and formatter.tokenizer writes its prompt "
+                f"{prompt_t.tolist()} where this one writes {list(words.prompt())}"
             )
 
     def labels(self, outputs, batch, k: int | None = None):

@@ -34,7 +34,7 @@ def load_upstream(path: str, task: VqganTask) -> Any:
     path = shipped.folder_of("vqgan", path)
     tensors = readers.read(path)
     try:
-        found = vqgan_weights.config_of(tensors, path)
+        found = vqgan_weights.config_beside(path)
     except FileNotFoundError:
         found = task.cfg  # no config.json beside the weights; the shapes still have to fit
     for name in ("num_embeddings", "quantized_width", "channel_mult", "hidden_channels"):
