@@ -60,6 +60,8 @@ def find(path) -> Step:
       CheckpointError: nothing good is there.
     """
     path = epath.Path(path).expanduser().absolute()
+    if not path.exists():
+        raise CheckpointError(f"no such checkpoint: {path}")
     folder = path if path.name == "checkpoints" else path / "checkpoints"
     if commit_marker.is_committed(path) or (step_folders.is_step(path) and not folder.exists()):
         require_good(path)

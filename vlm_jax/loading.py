@@ -40,7 +40,7 @@ def load(system: str, checkpoint: str, *, averaged: bool = True, **fields: Any) 
     path = pathlib.Path(shipped.folder_of(system, checkpoint)).expanduser()
     if config := _config_of_export(path):
         return _from_export(module, config, path, system, fields)
-    if not _is_of_a_run(path):
+    if not is_of_a_run(path):
         return module.from_upstream(checkpoint, **fields)
 
     from vlm_jax import checkpoints
@@ -79,7 +79,7 @@ def _from_export(module: Any, config: dict[str, Any], path, system: str, fields:
     return module.from_run(task, formatter, params, **fields)
 
 
-def _is_of_a_run(path: pathlib.Path) -> bool:
+def is_of_a_run(path: pathlib.Path) -> bool:
     """Whether this is a work directory, its checkpoints folder, or one step."""
     path = epath.Path(path).absolute()
     if not path.is_dir():

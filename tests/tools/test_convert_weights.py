@@ -5,11 +5,15 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from vlm_jax.models import clip as clip_model
+from vlm_jax.models import vqgan as model
+from vlm_jax.nn import functional
 from vlm_jax.tools import convert_weights
-from vlm_jax.weights import llama, readers
+from vlm_jax.weights import clip, errors, export, llama, nxtp, readers, vqgan
 
 
 @pytest.fixture
@@ -118,6 +122,108 @@ def test_bad_config_is_named(tmp_path, source, capsys, config, message):
 ])  # fmt: skip
 def test_the_dtype_that_holds_a_mixture(names, expected):
     assert convert_weights.common_dtype(names) == expected
+
+
+# ---- runs and other networks -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", ["lvm", "vqgan"])
+@pytest.mark.parametrize("form", ["hf", "native"])
+@pytest.mark.parametrize("part", ["", "checkpoints", "checkpoints/7"])
+def test_a_run_in_every_layout(make_run, tmp_path, capsys, system, form, part):
+    workdir, task, params = make_run(system)
+    assert run(f"--from={workdir / part}", f"--to={tmp_path / 'out'}", f"--system={system}",
+               f"--format={form}") == 0  # fmt: skip
+    out = capsys.readouterr().out
+    assert "parameters, step 7, float32: " in out
+    assert f"source    {workdir / 'checkpoints' / '7'}" in out or part == "checkpoints/7"
+    cfg, made = {"lvm": llama, "vqgan": vqgan}[system].load(tmp_path / "out")
+    assert (cfg.num_embeddings if system == "vqgan" else cfg.vocab_size) > 30
+    if system == "vqgan":
+        params = model.tokenizer_part(params)
+    jax.tree.map(np.testing.assert_array_equal, made, params)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_run_of_nxtp_in_the_names_of_the_reference(make_run, tmp_path, suffix):
+    pytest.importorskip("torch")
+    workdir, task, params = make_run("nxtp")
+    file, half = tmp_path / f"out{suffix}", tmp_path / f"half{suffix}"
+    flags = f"--from={workdir}", "--system=nxtp", "--format=upstream"
+    assert run(*flags, f"--to={file}") == 0
+    tensors = readers.read(file)
+    table, head = (tensors[f"language_decoder.{x}.weight"] for x in ("tok_embeddings", "output"))
+    np.testing.assert_array_equal(head[:-2], table[:-2])  # tied heads are written out
+    made = nxtp.from_tensors(tensors, task.network.abstract())
+    jax.tree.map(np.testing.assert_array_equal, made, params)
+    assert run(*flags, f"--to={half}", "--released", "--dtype=float16") == 0
+    released = readers.read(half)
+    assert set(released) < set(tensors) and "vision_encoder.class_embedding" not in released
+    assert released["language_decoder.norm.weight"].dtype == np.float16
+
+
+def test_released_nxtp_to_another_format(tmp_path, golden_nxtp):
+    pytest.importorskip("torch")
+    source, file = golden_nxtp / "checkpoint.safetensors", tmp_path / "out.pth"
+    meta = json.loads((golden_nxtp / "meta.json").read_text())["config"]["decoder"]
+    sizes = dict(dim=meta["dim"], n_layers=meta["blocks"], n_heads=meta["heads"],
+                 norm_eps=meta["norm_eps"], multiple_of=meta["ffn_hidden"])  # fmt: skip
+    (tmp_path / "params.json").write_text(json.dumps(sizes))
+    assert run(f"--from={source}", f"--to={file}", "--system=nxtp", "--format=upstream",
+               f"--llama={tmp_path}") == 0  # fmt: skip
+    before, after = readers.read(source), readers.read(file)
+    assert set(before) == set(after)
+    for name in set(before) - {"vision_encoder.logit_scale"}:  # read by nobody, and not kept
+        np.testing.assert_allclose(after[name], before[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("form, target", [("hf", "out"), ("upstream", "out.pt"),
+                                          ("upstream", "out.safetensors")])  # fmt: skip
+def test_clip(tmp_path, form, target):
+    pytest.importorskip("torch")
+    cfg = clip_model.ClipConfig(
+        clip_model.VisionConfig(128, 1, 8, 16, projection=24),
+        clip_model.TextConfig(64, 2, 24, vocab_size=60, max_tokens=11),
+    )
+    shapes = functional.flatten(clip.abstract_params(cfg))
+    rng = np.random.default_rng(0)
+    params = functional.unflatten(
+        {name: rng.normal(size=x.shape).astype(np.float32) for name, x in shapes.items()}
+    )
+    source = tmp_path / "clip.pt"
+    export.write_file(source, clip.openai_checkpoint(params, "float32"))
+    assert run(f"--from={source}", f"--to={tmp_path / target}", "--system=clip",
+               f"--format={form}") == 0  # fmt: skip
+    made_cfg, made = clip.load(tmp_path / target)
+    assert {x.heads for x in (made_cfg.vision, made_cfg.text)} == {2, 1}
+    jax.tree.map(np.testing.assert_array_equal, made, params)
+    if form == "hf":
+        transformers = pytest.importorskip("transformers")
+        _, report = transformers.CLIPModel.from_pretrained(
+            tmp_path / target, output_loading_info=True
+        )
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+@pytest.mark.parametrize("system, form, target, message", [
+    ("nxtp", "hf", "out", "--system=nxtp has no --format=hf; it has upstream"),
+    ("lvm", "upstream", "out", "--system=lvm has no --format=upstream; it has hf or native"),
+    ("nxtp", "upstream", "out.npz", "suffix '.npz' names no format"),
+    ("nxtp", "upstream", "out", "suffix '' names no format"),
+    ("lvm", "hf", "out", "is a run of the system 'nxtp', not 'lvm'"),
+])  # fmt: skip
+def test_layouts_that_a_system_has_not(make_run, tmp_path, capsys, system, form, target, message):
+    workdir, *_ = make_run("nxtp")
+    assert run(f"--from={workdir}", f"--to={tmp_path / target}", f"--system={system}",
+               f"--format={form}") == 1  # fmt: skip
+    assert message in capsys.readouterr().err and not (tmp_path / target).exists()
+
+
+def test_a_run_where_weights_are_wanted_names_the_command(make_run):
+    workdir, *_ = make_run("lvm")
+    for path in (workdir, workdir / "checkpoints" / "7"):
+        with pytest.raises(errors.WeightsError, match="is a run of ours.*convert_weights --from="):
+            llama.load(path)
 
 
 @pytest.mark.slow

@@ -10,10 +10,11 @@ import pytest
 import vlm_jax
 from vlm_jax import checkpoints
 from vlm_jax.decoding import sampling
+from vlm_jax.models import vqgan as vqgan_model
 from vlm_jax.nn import functional
 from vlm_jax.systems import lvm
 from vlm_jax.tools import export_run
-from vlm_jax.weights import shipped
+from vlm_jax.weights import shipped, vqgan
 
 MODEL = dict(vocab_size=1124, width=16, depth=1, mlp_width=32, num_heads=2)
 TASK = dict(
@@ -80,3 +81,51 @@ def test_a_folder_of_another_system_is_refused(run, tmp_path):
     export_run.export(str(run), str(folder))
     with pytest.raises(ValueError, match="of the system 'lvm', not of 'nxtp'"):
         vlm_jax.load("nxtp", str(folder))
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def command(workdir, target, *flags):
+    return export_run.main([f"--workdir={workdir}", f"--to={target}", *flags])
+
+
+def test_the_exported_tokenizer_is_that_of_the_run(make_run, tmp_path, capsys):
+    workdir, task, params = make_run("vqgan")
+    assert command(workdir, tmp_path / "out", "--dtype=float32") == 0
+    assert capsys.readouterr().out.endswith("  params.safetensors\n")
+    cfg, made = vqgan.load(tmp_path / "out")
+    assert cfg == task.cfg
+    jax.tree.map(np.testing.assert_array_equal, made, vqgan_model.tokenizer_part(params))
+
+
+def test_what_is_no_such_run_is_one_line(make_run, tmp_path, capsys):
+    def line(workdir):
+        assert command(workdir, tmp_path / "out") == 1
+        captured = capsys.readouterr()
+        assert captured.out == "" and not (tmp_path / "out").exists()
+        (text,) = [x for x in captured.err.splitlines() if not x.startswith("checkpoints: ")]
+        return text
+
+    assert "no such checkpoint" in line(tmp_path / "nowhere")
+    assert "no good checkpoint" in line(tmp_path)
+    workdir, *_ = make_run("nxtp")
+    assert "of the system 'nxtp', not of 'vqgan' or 'lvm'" in line(workdir)
+    (workdir / "checkpoints" / "7" / "meta.json").write_text("{")
+    assert "no good checkpoint" in line(workdir)
+
+
+def test_values_too_large_for_the_file_are_named(make_run, tmp_path, capsys):
+    workdir, *_ = make_run("vqgan", quant_conv={"kernel": np.ones((1, 1, 32, 8), np.float32),
+                                                "bias": np.full(8, 1e5, np.float32)})  # fmt: skip
+    assert command(workdir, tmp_path / "out") == 1
+    assert "quant_conv/bias: 8 of 8 values are too large for float16" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.safetensors*"))
+
+
+def test_nothing_is_overwritten(make_run, tmp_path, capsys):
+    workdir, *_ = make_run("vqgan")
+    (tmp_path / "params.safetensors").write_text("mine")
+    assert command(workdir, tmp_path) == 1
+    assert "already holds params.safetensors" in capsys.readouterr().err
+    assert (tmp_path / "params.safetensors").read_text() == "mine"

@@ -154,7 +154,7 @@ def test_the_suffix_decides_the_format(golden, tmp_path, suffix, dtype):
 
 
 def test_files_that_would_not_be_what_they_say(golden, tmp_path):
-    with pytest.raises(errors.WeightsError, match="suffix '.npz' names no format; .pth"):
+    with pytest.raises(errors.WeightsError, match="suffix '.npz' names no format; .bin"):
         nxtp.save(tmp_path / "out.npz", golden[2])
     large = functional.flatten(golden[2])
     large["decoder/final_norm/scale"] = large["decoder/final_norm/scale"] * 0 + 1e5

@@ -30,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     action = argparse.BooleanOptionalAction
     parser.add_argument("--averaged", action=action, default=True, help=text)
     args = parser.parse_args(argv)
-    written = export(args.workdir, args.to, dtype=args.dtype, averaged=args.averaged)
+    try:
+        written = export(args.workdir, args.to, dtype=args.dtype, averaged=args.averaged)
+    except (ValueError, OSError) as error:
+        print(f"export_run: {error}", file=sys.stderr)
+        return 1
     for name, digest in written.items():
         print(f"sha256    {digest}  {name}")
     return 0
@@ -51,18 +55,25 @@ def export(
       File name -> sha256.
 
     Raises:
-      ValueError: a run of another system.
-      CheckpointError: nothing good is there.
+      ValueError: nothing good is there, a run of another system, or values that the dtype cannot
+        hold.
+      FileExistsError: the folder holds weights.
     """
     from vlm_jax import checkpoints
     from vlm_jax import task as task_lib
     from vlm_jax.weights import export as export_lib
 
-    step = checkpoints.find(workdir)
+    try:
+        step = checkpoints.find(workdir)
+    except checkpoints.CheckpointError as error:
+        raise ValueError(str(error)) from error
     recipe = step.config
     system = recipe["system"]
     if system not in ("vqgan", "lvm"):
-        raise ValueError(f"{workdir} is a run of the system {system!r}, not of 'vqgan' or 'lvm'")
+        raise ValueError(
+            f"{workdir} is a run of the system {system!r}, not of 'vqgan' or 'lvm'; "
+            "python -m vlm_jax.tools.convert_weights writes the weights of the others"
+        )
     module = task_lib.resolve(system, "systems")
     cfg = module.make_task(recipe["model"], **recipe.get("task", {})).cfg
     params = checkpoints.load_params(step, averaged=averaged)

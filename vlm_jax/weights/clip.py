@@ -24,7 +24,7 @@ import numpy as np
 
 from vlm_jax.models import clip
 from vlm_jax.nn import functional
-from vlm_jax.weights import bounds, convert, errors, lazy, readers
+from vlm_jax.weights import bounds, convert, errors, export, lazy, readers
 
 _THIRDS = ("q", "k", "v")
 _FUSED = re.compile(r".*\.attn\.in_proj_(weight|bias)")
@@ -234,6 +234,50 @@ def to_hf(params: Mapping[str, Any], cfg: clip.ClipConfig) -> dict[str, Callable
     return convert.revert(params, HF_RULES)
 
 
+def openai_checkpoint(params: Mapping[str, Any], dtype="float16") -> export.Checkpoint:
+    """What `export.write_file` writes: OpenAI's names, as a state dict and not an archive."""
+    shapes = join_shapes(convert.reverted_shapes(params, OPENAI_RULES))
+    return export.Checkpoint(to_openai(params), shapes, np.dtype(dtype), "clip", {}, {})
+
+
+def ignorable(cfg: clip.ClipConfig) -> tuple[str, ...]:
+    """Patterns of the tensors that may be there and are not used."""
+    del cfg
+    return _BUFFERS
+
+
+def config_to_hf(cfg: clip.ClipConfig) -> dict[str, Any]:
+    """The config.json that transformers reads."""
+    towers = {
+        name: dict(
+            hidden_size=tower.width,
+            num_hidden_layers=tower.depth,
+            num_attention_heads=tower.heads,
+            intermediate_size=tower.hidden,
+            hidden_act=tower.activation,
+            layer_norm_eps=tower.norm_eps,
+            projection_dim=tower.projection,
+        )
+        for name, tower in (("vision_config", cfg.vision), ("text_config", cfg.text))
+    }
+    towers["vision_config"] |= dict(
+        model_type="clip_vision_model",
+        image_size=cfg.vision.image_size,
+        patch_size=cfg.vision.patch_size,
+    )
+    towers["text_config"] |= dict(
+        model_type="clip_text_model",
+        vocab_size=cfg.text.vocab_size,
+        max_position_embeddings=cfg.text.max_tokens,
+        # 2 is what transformers writes for "the largest id".
+        eos_token_id=2 if cfg.text.end_id < 0 else cfg.text.end_id,
+    )
+    return dict(architectures=["CLIPModel"], model_type="clip",
+                projection_dim=cfg.vision.projection, **towers)  # fmt: skip
+
+
+PRESETS: Mapping[str, clip.ClipConfig] = {}  # shapes tell all but what config.json says
+HF_STEM = "model"
 _RULES = {"openai": OPENAI_RULES, "hf": HF_RULES, "native": convert.NATIVE_RULES}
 _SIGNS = {
     "visual.class_embedding": "openai",

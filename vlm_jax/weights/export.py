@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.models import vqgan
-from vlm_jax.weights import convert, safetensors_file
+from vlm_jax.weights import convert, errors, safetensors_file, torch_file
 
 MAX_SHARD_BYTES = 5 * 10**9
 _CODES = {np.dtype(dtype): code for code, dtype in safetensors_file.DTYPES.items()}
@@ -121,10 +121,34 @@ def write(
     return digests
 
 
-def write_file(file: str | os.PathLike, checkpoint: Checkpoint) -> str:
-    """Writes the tensors of a checkpoint alone, into one file; returns its sha256."""
-    (shard,) = _shards(checkpoint, sys.maxsize)
-    return _write_shard(pathlib.Path(file), checkpoint, shard)
+def write_file(
+    path: str | os.PathLike, checkpoint: Checkpoint, beside: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Writes the tensors of a checkpoint alone, into one file whose suffix says the format.
+
+    Args:
+      path: .safetensors, or one of torch's.
+      checkpoint: its stem and files are not used.
+      beside: of a torch file, see `torch_file.write`.
+
+    Returns:
+      File name -> sha256 of the file.
+
+    Raises:
+      WeightsError: another suffix, torch is missing, or values that the dtype cannot hold.
+    """
+    path = pathlib.Path(path)
+    if path.suffix == ".safetensors":
+        (shard,) = _shards(checkpoint, sys.maxsize)
+        return {path.name: _write_shard(path, checkpoint, shard)}
+    if path.suffix not in torch_file.SUFFIXES:
+        raise errors.WeightsError(
+            f"{path}: the suffix {path.suffix!r} names no format; "
+            f"{', '.join(torch_file.SUFFIXES)} are torch's, .safetensors is the other"
+        )
+    torch_file.write(path, checkpoint.tensors, checkpoint.dtype, beside)
+    with open(path, "rb") as file:
+        return {path.name: hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _shards(checkpoint: Checkpoint, max_bytes: int) -> list[dict[str, int]]:

@@ -24,13 +24,14 @@ import numpy as np
 
 from vlm_jax.models import clip as clip_model
 from vlm_jax.models import llama as llama_model
-from vlm_jax.weights import clip, convert, errors, export, lazy, llama, readers, torch_file
+from vlm_jax.weights import clip, convert, errors, export, lazy, llama, readers
 
 _VISION, _DECODER = "vision_encoder.", "language_decoder."
 _TABLE, _HEAD = _DECODER + "tok_embeddings.weight", _DECODER + "output.weight"
 _ROWS = {"#base": slice(0, -2), "#image": -2, "#empty": -1}
 _SCALE = _VISION + "logit_scale"  # copied from CLIP, read by nobody
-_IGNORED = (re.escape(_SCALE), r"language_decoder\.rope\.freqs")
+# Patterns of tensors that nobody reads.
+IGNORED = (re.escape(_SCALE), r"language_decoder\.rope\.freqs")
 
 _LACKS_CLIP = (
     "{} holds the trained tensors alone (or is no NXTP checkpoint). Give the CLIP file it was "
@@ -118,14 +119,14 @@ def from_tensors(
     source = convert.source_of(tensors)
     if not (_SCALE in tensors or _VISION + "class_embedding" in tensors):
         raise errors.WeightsError(_LACKS_CLIP.format(source))
-    ignored = _IGNORED
+    ignored = IGNORED
     if "lm_head" not in abstract["decoder"] and _HEAD in tensors and _TABLE in tensors:
         if not np.array_equal(tensors[_HEAD][:-2], tensors[_TABLE][:-2]):
             raise errors.WeightsError(
                 f"{source}: its head is not its embedding, but the model ties them; set "
                 "model.decoder.tie_embeddings=False"
             )
-        ignored = (*_IGNORED, re.escape(_HEAD))
+        ignored = (*IGNORED, re.escape(_HEAD))
     return convert.convert(_cut(tensors), RULES, abstract, ignored, shardings)
 
 
@@ -199,29 +200,19 @@ def checkpoint(params: Mapping[str, Any], *, released: bool = False, dtype="floa
 
 def save(
     path: str | os.PathLike, params: Mapping[str, Any], *, released: bool = True, dtype="float16"
-) -> None:
+) -> dict[str, str]:
     """Writes one file in the reference's names; its suffix says the format.
 
     Args:
-      path: .pth, what the reference loads: {"model": names -> tensors}, or .safetensors.
+      path: .pth, what the reference loads, or .safetensors.
       params: complete.
       released: see `to_upstream`.
       dtype: of the file.
 
-    Raises:
-      WeightsError: another suffix, torch is missing, or values that the dtype cannot hold.
+    Returns, raises: as `export.write_file`.
     """
-    suffix = pathlib.Path(path).suffix
-    if suffix == ".safetensors":
-        export.write_file(path, checkpoint(params, released=released, dtype=dtype))
-    elif suffix in torch_file.SUFFIXES:
-        tensors = to_upstream(params, released=released)
-        torch_file.write(path, tensors, dtype, epoch=0, global_step=0)
-    else:
-        raise errors.WeightsError(
-            f"{path}: the suffix {suffix!r} names no format; .pth (or "
-            f"{', '.join(torch_file.SUFFIXES)}) is torch's, .safetensors the other"
-        )
+    beside = {"epoch": 0, "global_step": 0}  # upstream reads both
+    return export.write_file(path, checkpoint(params, released=released, dtype=dtype), beside)
 
 
 # ---- where training starts -------------------------------------------------------------------

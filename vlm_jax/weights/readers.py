@@ -126,11 +126,11 @@ def _existing(path: str | os.PathLike) -> pathlib.Path:
     file = pathlib.Path(path).expanduser()
     if not file.exists():
         raise FileNotFoundError(f"no such checkpoint: {file}")
-    if (file / "checkpoints").is_dir():
+    if (file / "checkpoints").is_dir() or (file / "COMMIT.json").exists():
         raise errors.WeightsError(
-            f"{file} is a run of ours, not a file of weights; "
-            "python -m vlm_jax.tools.export_tokenizer writes those of a tokenizer, and init.run "
-            "starts training from a run"
+            f"{file} is a run of ours, not a file of weights. init.run={file} starts training from "
+            f"it, vlm_jax.load reads it, and python -m vlm_jax.tools.convert_weights --from={file} "
+            "writes its weights"
         )
     return file
 

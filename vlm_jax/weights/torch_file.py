@@ -60,8 +60,19 @@ def read(file: pathlib.Path) -> lazy.Tensors:
     )
 
 
-def write(file: str | os.PathLike, state: Mapping[str, lazy.Loader], dtype: Any, **more) -> None:
-    """Writes {"model": name -> tensor, **more}, under a temporary name until it is complete.
+def write(
+    file: str | os.PathLike,
+    state: Mapping[str, lazy.Loader],
+    dtype: Any,
+    beside: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a state dict, under a temporary name until it is complete.
+
+    Args:
+      file: to write or to replace.
+      state: name -> function returning the array.
+      dtype: of the file.
+      beside: what lies beside the state dict, which then is under "model"; None writes it alone.
 
     Raises:
       WeightsError: torch is missing, or values that the dtype cannot hold.
@@ -77,7 +88,8 @@ def write(file: str | os.PathLike, state: Mapping[str, lazy.Loader], dtype: Any,
 
     partial = f"{os.fspath(file)}.partial"
     try:
-        torch.save({**more, "model": {name: tensor(name) for name in state}}, partial)
+        tensors = {name: tensor(name) for name in state}
+        torch.save(tensors if beside is None else {**beside, "model": tensors}, partial)
         os.replace(partial, file)
     finally:
         pathlib.Path(partial).unlink(missing_ok=True)

@@ -31,7 +31,7 @@ from vlm_jax.systems.nxtp import network as network_lib
 from vlm_jax.systems.nxtp import vocabulary
 
 MAX_IMAGES = 32  # per device call
-MAX_TOKENS = 20  # of a label
+MAX_TOKENS = 19  # of a label; upstream: max_update_iter - 1
 # Those that need nothing but the labels' own probabilities.
 RANKINGS = tuple(name for name in label_lists.RANKINGS if not name.startswith("sim"))
 
@@ -264,8 +264,8 @@ def from_upstream(
     """
     from vlm_jax.weights import nxtp
 
-    words = vocabulary.load(tokenizer or llama)  # before gigabytes are read
-    tensors = nxtp.read(checkpoint, clip)
+    tensors = nxtp.read(checkpoint, clip)  # opened, not loaded
+    words = vocabulary.load(tokenizer or llama)
     sizes = pathlib.Path(llama).expanduser() / "params.json" if llama else None
     decoder = nxtp.decoder_config_of(tensors, sizes if sizes and sizes.exists() else "")
     cfg = network_lib.NxtpConfig(nxtp.vision_config_of(tensors), decoder)
