@@ -127,8 +127,6 @@ def test_released_file_over_clip(golden, tmp_path, suffix):
     jax.tree.map(np.testing.assert_array_equal, nxtp.from_tensors(combined, abstract), params)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["hf", "easylm", "native"])
 def test_a_padded_table_loses_its_unused_rows(layout):
     base = llama_model.LlamaConfig(20, 16, 1, 24, 2)
@@ -143,6 +141,8 @@ def test_a_padded_table_loses_its_unused_rows(layout):
     np.testing.assert_array_equal(head[:, :18], full["lm_head"]["kernel"][:, :18])
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_suffix_decides_the_format(golden, tmp_path, suffix, dtype):
     pytest.importorskip("torch")
     file = tmp_path / f"out{suffix}"
