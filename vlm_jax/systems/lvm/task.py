@@ -134,14 +134,6 @@ class LvmTask:
                 f"token id {largest} for a model of model.vocab_size={self.cfg.vocab_size} ids; "
                 "formatter.vocab_size must not be larger"
             )
-        if self.tokenizer:
-            # Raises where its codebook or its number of ids is not the task's.
-            image_tokenizer.checked_config(
-                self.tokenizer,
-                side=self.image_side,
-                codebook_size=self.codebook_size,
-                tokens_per_image=self.tokens_per_image,
-            )
         if not np.any(batch["weights"]):
             raise config_lib.ConfigError(
                 "no token of the first batch carries loss; check formatter and data"
