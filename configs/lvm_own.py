@@ -28,7 +28,8 @@ def get_config(arg=""):
     images = c.task.context_images + 1
     c.prepare = dict(
         path=c.get_ref("path"), heldout=0.2, most=2_000, tokenizer=c.task.get_ref("tokenizer"),
-        image_side=c.task.image_side, images=images, sentences=1_500, heldout_sentences=32,
+        image_side=c.task.image_side, images=images, sentences=500 if arg else 1_500,
+        heldout_sentences=32,
     )  # fmt: skip
     sentences = lambda split: dict(  # noqa: E731
         mixture=dict(own=dict(

@@ -22,7 +22,7 @@ from configs import vqgan_f16
 def get_config(arg=""):
     if arg not in ("", "released"):
         raise ValueError(f"vqgan_own: argument {arg!r} is neither '' nor 'released'")
-    c = vqgan_f16.decoder() if arg else small()
+    c = released() if arg else small()
     c.path = ""
     pictures = lambda split: dict(  # noqa: E731
         packing="none",
@@ -44,4 +44,12 @@ def small():
     c.train.update(steps=400, save_every=200)
     c.train.guards = dict(latents=vqgan_f16.latents_bounded())
     c.evals.heldout.update(every=200)
+    return c
+
+
+def released():
+    c = vqgan_f16.decoder()
+    c.optim.update(warmup_steps=100)
+    c.train.update(steps=5_000, batch_size=16, save_every=1_000, milestone_every=0)
+    c.evals.heldout.update(every=1_000, batch_size=16)
     return c

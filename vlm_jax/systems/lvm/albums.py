@@ -39,6 +39,7 @@ _MAX_PAN = 0.03  # of the window per frame: like the videos, most of a frame is 
 _PAN_SIDE = 4  # a photo to pan over has this many times the pixels of an image on a side
 _MIN_SIDE = 8  # pixels; a window over less is nothing
 _MAX_FRAMES = 600  # of one video
+_MAX_BYTES = 2**31  # of all photos to pan over, and of all frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,25 +155,42 @@ def own(
       most: photos, and a twentieth of it videos, that are read; evenly over the folder.
     """
     files = [file for file, out in zip(listing.files, held) if out == (split == "heldout")]
-    photos, views, shots = [], [], []
+    stills = _some([file for file in files if not file.is_video], most, "photos")
+    clips = _some([file for file in files if file.is_video], max(1, most // 20), "videos")
+    photos, views = _photos(listing.root, stills, side)
+    return Album(photos, [views] if views else [], _shots(listing.root, clips, side, length))
+
+
+def _photos(root, files, side: int) -> tuple[list[records.Record], list[records.Record]]:
+    """Small squares, and larger photos to pan over."""
+    photos, views = [], []
     labels = {name: i for i, name in enumerate(sorted({f.group for f in files if f.group}))}
-    for file in _some([file for file in files if not file.is_video], most, "photos"):
+    # Four thirds: photos are longer than high.
+    view_side = min(_PAN_SIDE * side, int((_MAX_BYTES / max(1, 4 * len(files))) ** 0.5))
+    for file in files:
         try:
-            image_u8 = images_lib.decode(listing.root / file.name)
+            image_u8 = images_lib.decode(root / file.name)
         except records.BadRecordError as error:
             own_files.say(f"left out: {error}")
             continue
         if min(image_u8.shape[:2]) < _MIN_SIDE:
             own_files.say(f"left out: {file.name}: only {image_u8.shape[1]}x{image_u8.shape[0]}")
             continue
-        view_u8 = own_pictures.shrink(image_u8, _PAN_SIDE * side)
+        view_u8 = own_pictures.shrink(image_u8, max(side, view_side))
         small_u8 = own_pictures.shrink(images_lib.crop_square(view_u8), side)
         photos.append({"image_u8": small_u8, "label": labels.get(file.group, -1)})
         views.append({"image_u8": view_u8})
-    for file in _some([file for file in files if file.is_video], max(1, most // 20), "videos"):
+    return photos, views
+
+
+def _shots(root, files, side: int, length: int) -> list[records.Record]:
+    """The first frames of every video that has enough."""
+    shots = []
+    count = max(length, min(_MAX_FRAMES, _MAX_BYTES // max(1, 3 * side**2 * len(files))))
+    for file in files:
         try:
             frames_u8 = video.read_frames(
-                listing.root / file.name, count=_MAX_FRAMES, size=side, crop=True, antialias=True
+                root / file.name, count=count, size=side, crop=True, antialias=True
             )
         except records.BadRecordError as error:
             own_files.say(f"left out: {error}")
@@ -181,7 +199,7 @@ def own(
             shots.append({"frames_u8": frames_u8})
         else:
             own_files.say(f"left out: {file.name}: {len(frames_u8)} frames, {length} are needed")
-    return Album(photos, [views] if views else [], shots)
+    return shots
 
 
 def _some(files: Sequence[own_files.File], most: int, what: str) -> list[own_files.File]:
