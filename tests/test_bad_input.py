@@ -157,6 +157,20 @@ def test_buckets_are_not_folders(capsys, tmp_path, monkeypatch, scheme):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("a**b", ["--workdir=", "a**b", "does not take '*'"]),
+        ("file", ["is a file, not a folder"]),
+        ("file/below", ["cannot be written to", "file/below", "choose another"]),
+    ],
+)
+def test_workdirs_that_cannot_be(train, tmp_path, name, words):
+    (tmp_path / "file").touch()
+    train(f"--workdir={tmp_path / name}", words=words)
+    assert not (tmp_path / "a**b").exists()
+
+
 def test_missing_file(train, tmp_path):
     train(path=tmp_path / "absent.array_record", words=["no such file", "absent.array_record"])
 

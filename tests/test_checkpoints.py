@@ -446,3 +446,25 @@ def test_impossible_settings(tmp_path):
         checkpoints.Checkpointer(tmp_path, keep_last=0)
     with pytest.raises(TypeError, match="not JSON serializable"):
         checkpoints.Checkpointer(tmp_path).save(1, _state(1), {"a": object()})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a**b", "run[1]", "what?", "a\\b", "gs:/x", "last:", b"\xff".decode(errors="surrogateescape")],
+)
+def test_names_that_the_library_takes_for_something_else(tmp_path, name):
+    """It fails at the first save, or writes what cannot be read."""
+    with pytest.raises(checkpoints.CheckpointError, match="cannot hold checkpoints"):
+        checkpoints.Checkpointer(f"{tmp_path}/{name}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["{a,b}", "späß ☕", "a=b #1 %41", "'a' & b", "{workdir}", "x:y"])
+def test_other_odd_names_do(tmp_path, name):
+    state = {"x": jnp.arange(3.0)}
+    with checkpoints.Checkpointer(tmp_path / name) as saver:
+        saver.save(1, state, {})
+        saver.wait()
+    with checkpoints.Checkpointer(tmp_path / name) as saver:
+        assert saver.latest_good() == 1
+        assert saver.restore(1, state)[0]["x"].tolist() == [0, 1, 2]

@@ -87,6 +87,8 @@ class Checkpointer:
                 f"keep_last={keep_last} must be at least 1 and milestone_every={milestone_every} "
                 "at least 0"
             )
+        if reason := step_folders.why_not_writable(workdir):
+            raise CheckpointError(f"the workdir {workdir} cannot hold checkpoints: {reason}")
         self.folder = epath.Path(workdir).expanduser().absolute() / "checkpoints"
         self._keep_last = keep_last
         self._milestone_every = milestone_every

@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 
 from vlm_jax import console, process_end, recipes, requirements, stop_signal
 
@@ -92,7 +93,9 @@ def _parse(argv):
         print(f"{__doc__}\n{values.get_help()}")
         return None
     try:
-        rest = values(argv)[1:]
+        with warnings.catch_warnings():  # of how ml_collections loads recipes
+            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
+            rest = values(argv)[1:]
     except KeyError as error:  # an override below a section that the recipe has not
         message = str(error.args[0]).replace("\n", ". ")
         _fail(f"unknown key in an override of --config: {message}")

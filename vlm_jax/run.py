@@ -24,6 +24,7 @@ from vlm_jax import (
     resume,
     scores,
     sharding,
+    step_folders,
     stop_signal,
     train,
     workdir_lock,
@@ -121,6 +122,7 @@ def run(
       given: keys of the recipe given on the command line ("init.run"); None counts all as given.
     """
     workdir = workdir.expanduser().absolute()
+    _check_workdir(workdir)
     recipe = read_recipe(config, workdir)
     hardware.require_devices()
     system = task_lib.resolve(recipe.system, "systems")
@@ -163,6 +165,13 @@ def _only_run(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
     if jax.process_index() == 0:
         return workdir_lock.WorkdirLock(workdir)
     return contextlib.nullcontext()
+
+
+def _check_workdir(workdir: pathlib.Path) -> None:
+    if reason := step_folders.why_not_writable(workdir):
+        raise config_lib.ConfigError(f"--workdir={workdir}: {reason}")
+    if workdir.exists() and not workdir.is_dir():
+        raise config_lib.ConfigError(f"--workdir={workdir} is a file, not a folder")
 
 
 def _make(system: Any, recipe: Recipe) -> tuple[Any, Any]:

@@ -24,6 +24,29 @@ META = "meta.json"
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
 
 
+def why_not_writable(workdir: os.PathLike | str) -> str:
+    """What in a folder's name keeps checkpoints from being written below it; "" if nothing.
+
+    The libraries that write them take some characters as patterns, separators or URLs, and then
+    fail late, or leave a checkpoint that cannot be read.
+    """
+    name = os.fspath(workdir)
+    found = sorted(set("*?[]\\") & set(name))
+    if re.search(":(/|$)", name):
+        found.append(":/")
+    if found:
+        listed = ", ".join(map(repr, found))
+        return f"the checkpoint library does not take {listed} as part of a name; choose another"
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return (
+            "its name is not valid UTF-8, or this locale is not (set PYTHONUTF8=1 or "
+            "LC_ALL=C.UTF-8); choose another otherwise"
+        )
+    return ""
+
+
 def steps(folder: epath.Path) -> list[int]:
     """Numbers of the step folders in `folder`, good or not, ascending.
 

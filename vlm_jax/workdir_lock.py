@@ -46,15 +46,22 @@ class WorkdirLock:
     def __init__(self, workdir: pathlib.Path):
         self._path = workdir / FILE
         self._text = json.dumps({**_this_process(), "lock": uuid.uuid4().hex}, indent=1)
+        try:
+            self._take(workdir)
+        except OSError as error:
+            problem = f"the workdir {workdir} cannot be written to ({error}); choose another"
+            raise OSError(problem) from error
+        self._released = threading.Event()
+        self._forget = process_end.before(lambda status, message: self._remove_own())
+        threading.Thread(target=self._beat, name="workdir-lock", daemon=True).start()
+
+    def _take(self, workdir: pathlib.Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         while not _create(self._path, self._text):
             held = _read(self._path)
             if held is not None:
                 _require_stale(self._path, held)
                 _remove(self._path, held)
-        self._released = threading.Event()
-        self._forget = process_end.before(lambda status, message: self._remove_own())
-        threading.Thread(target=self._beat, name="workdir-lock", daemon=True).start()
 
     def release(self) -> None:
         """Gives the folder free. May be called twice."""
