@@ -30,9 +30,9 @@ def write_shards(folder, count, kind):
 
 @pytest.mark.parametrize("kind", ["jsonl", "array_record"])
 def test_few_files_are_open_at_once(tmp_path, kind, monkeypatch):
-    module, name = (shard_files, "_kept_open") if kind == "jsonl" else (array_records, "_kept_open")
-    few = shard_files.functools.lru_cache(maxsize=8)(getattr(module, name).__wrapped__)
-    monkeypatch.setattr(module, name, few)
+    monkeypatch.setattr(shard_files, "_MOST_OPEN", 8)
+    for module in (shard_files, array_records):
+        module._kept_open._open.clear()
     source = sources.make_source(type=kind, path=write_shards(tmp_path / "s", 60, kind))
     before = open_now()
     order = np.random.default_rng(0).permutation(np.repeat(np.arange(60), 20)).tolist()
@@ -78,6 +78,16 @@ def test_ten_thousand_shards_with_256_descriptors(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_the_limit_is_that_of_now(monkeypatch):
+    for limit, most in ((256, 32), (1024, 128), (20_000, 512), (10, 8), (-1, 512)):
+        monkeypatch.setattr(shard_files.resource, "getrlimit", lambda _, n=limit: (n, n))
+        assert shard_files.most_open() == most
+    kept = shard_files.Kept(lambda *stamp: stamp)
+    monkeypatch.setattr(shard_files, "most_open", lambda: 2)
+    for path in "abcab":
+        assert kept(path, 1, 2) == (path, 1, 2) and len(kept) <= 2
+
+
 def test_too_many_open_files_is_no_bad_record(tmp_path, monkeypatch):
     source = sources.make_source(type="jsonl", path=write_shards(tmp_path / "s", 3, "jsonl"))
 
@@ -106,7 +116,7 @@ def test_a_replaced_file_is_read_anew(tmp_path):
     old = sources.JsonLines(path)
     path.with_suffix(".new").write_text(json.dumps({"x": "another length"}) + "\n")
     os.replace(path.with_suffix(".new"), path)
-    shard_files._kept_open.cache_clear()
+    shard_files._kept_open._open.clear()
     with pytest.raises(records.BadRecordError, match="cut off or changed while in use"):
         old[0]
 

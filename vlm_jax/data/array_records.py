@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import concurrent.futures
-import functools
 import itertools
 import os
 from collections.abc import Sequence
@@ -89,11 +88,7 @@ def _open(path: str | os.PathLike) -> Any:
     return module.ArrayRecordReader(str(path), **_OPTIONS)
 
 
-# Not closed when it is dropped, but when no thread reads from it any more.
-@functools.lru_cache(maxsize=shard_files.MOST_OPEN)
-def _kept_open(path: str, size: int, time_ns: int) -> Any:
-    del size, time_ns  # a file that was replaced is opened anew
-    return _open(path)
+_kept_open = shard_files.Kept(lambda path, size, time_ns: _open(path))
 
 
 def _count(path: os.PathLike) -> int:

@@ -8,23 +8,20 @@ they are needed.
 from __future__ import annotations
 
 import errno
-import functools
 import glob
 import os
 import pathlib
 import resource
 import stat
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from vlm_jax.data import records, sidecar
 
-# An eighth of what the process may open, for plain files and for readers of ArrayRecord each: the
-# rest is for checkpoints, event files, sockets and compilers.
-_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-MOST_OPEN = 512 if _LIMIT == resource.RLIM_INFINITY else max(8, min(512, _LIMIT // 8))
+_MOST_OPEN = 512
 
 
 def find_files(path: str | os.PathLike | Sequence[str]) -> list[pathlib.Path]:
@@ -127,9 +124,44 @@ def open_file(path: str | os.PathLike) -> Descriptor:
     return opened
 
 
-@functools.lru_cache(maxsize=MOST_OPEN)
-def _kept_open(path: str, size: int, time_ns: int) -> Descriptor:
-    # Size and time are part of the key: a file that was replaced is opened anew.
+class Kept:
+    """The files opened last. Thread-safe; reading from one that is open takes no lock.
+
+    Args:
+      make: opens the file of (path, size, time of change), as `sidecar.fingerprint` gives them: a
+        file that was replaced is opened anew. What it returns closes itself, as `Descriptor` does.
+    """
+
+    def __init__(self, make: Callable[[str, int, int], Any]):
+        self._make, self._lock = make, threading.Lock()
+        self._open: dict[tuple[str, int, int], Any] = {}  # oldest first
+
+    def __call__(self, *stamp: Any) -> Any:
+        """The open file; errors are those of `make`."""
+        found = self._open.get(stamp)
+        if found is None:
+            found = self._make(*stamp)
+            with self._lock:
+                self._open[stamp] = found
+                while len(self._open) > most_open():
+                    del self._open[next(iter(self._open))]
+        return found
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+
+def most_open() -> int:
+    """How many files a `Kept` holds: an eighth of what this process may open.
+
+    There is one for plain files and one for ArrayRecord; the rest is for checkpoints, event files,
+    sockets and compilers.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MOST_OPEN if limit == resource.RLIM_INFINITY else max(8, min(_MOST_OPEN, limit // 8))
+
+
+def _open_unchanged(path: str, size: int, time_ns: int) -> Descriptor:
     del time_ns
     opened = open_file(path)
     now = os.fstat(opened.number).st_size
@@ -139,6 +171,9 @@ def _kept_open(path: str, size: int, time_ns: int) -> Descriptor:
             "changed while in use"
         )
     return opened
+
+
+_kept_open = Kept(_open_unchanged)
 
 
 class Files:
