@@ -11,7 +11,7 @@ import pytest
 
 import vlm_jax
 from tests import tiny_system
-from vlm_jax import checkpoints, optim, resume, run, scores, train
+from vlm_jax import checkpoints, main, optim, resume, run, scores, train
 from vlm_jax import config as config_lib
 
 # ---- what a change of the recipe means ----------------------------------------------------------
@@ -276,7 +276,7 @@ def test_insisting_and_named_changes(numbers, workdir, capfd):
     for line in (
         "changed since step 10: task.noise: 0.1 -> 0.5",
         "changed since step 10: optim.lr: 0.003 -> 0.0001",
-        "data go on at row 80: no record is skipped or read twice",
+        "with this batch size data go on at row 80: none is skipped or read twice",
         "optim.ema: the moving average of the checkpoint is dropped",
     ):
         assert line in said
@@ -317,6 +317,28 @@ def test_evaluation_leaves_what_training_wrote(numbers, workdir, capfd):
     _, line, _ = evaluate(task__noise=0.5, init__insist=True)
     assert line["settings"] == {"task.noise": 0.5}
     assert len(lines) == 4
+
+
+@pytest.mark.slow
+def test_a_recorded_recipe_is_a_recipe(trained, tmp_path, capsys):
+    config = f"--config={trained / 'config.json'}"
+    argv, record = main._take_record(["main", config, "--workdir=w", "--config.train.steps=7"])
+    values = main._define_flags(argv, record)
+    values(argv)
+    assert values.workdir == "w" and values.config.train.steps == 7
+    assert values.config.optim.ema == 0.5 and values.config.system == "tests.tiny_system"
+    # Alone, an evaluation takes the recipe of the step.
+    argv = ["main", "--mode=evaluate", f"--workdir={trained}"]
+    assert main._take_record(argv) == (argv, checkpoints.find(trained).config)
+    for argv in (
+        ["main", "--workdir", "w"],
+        ["main", "--config=a.py", "--mode=evaluate"],
+        ["main"],
+    ):
+        assert main._take_record(argv) == (argv, None)
+    with pytest.raises(SystemExit):
+        main._take_record(["main", "--mode=evaluate", f"--workdir={tmp_path / 'typo'}"])
+    assert "no good checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.slow

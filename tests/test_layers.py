@@ -33,6 +33,7 @@ PROGRAM = {
     "train",
     "what_next",
     "update",
+    "recorded",
     "workdir_files",
     "evaluate",
     "evaluate_alone",

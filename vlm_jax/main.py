@@ -2,19 +2,21 @@
 
     python -m vlm_jax.main --config=configs/lvm_3b.py:tiny --workdir=runs/lvm
     python -m vlm_jax.main --config=configs/lvm_3b.py --workdir=... --config.train.batch_size=64
-    python -m vlm_jax.main --config=... --workdir=... --mode=evaluate
+    python -m vlm_jax.main --workdir=... --mode=evaluate        with the run's own recipe
     python -m vlm_jax.main --config=... --describe
 
 The same command run again continues from the newest good checkpoint. On several hosts, run it on
 every host: TPU pods, SLURM and MPI are found by themselves, elsewhere give --coordinator,
 --num_processes and --process_id. Recipes are looked up in the current folder first, then among
-those shipped with the package, which recipes anywhere import by `from configs import lvm_3b`.
+those shipped with the package, which recipes anywhere import by `from configs import lvm_3b`;
+--config=RUN/config.json takes that of a run.
 
-Exit status: 0 done, or saved because SIGTERM or Ctrl-C asked to stop; 1 an error in the code; 2
-something to mend (the message says what); 3 another process of the job failed (its message is
-repeated); 130 and 143 Ctrl-C and SIGTERM before there was anything to save.
+Exit status: 0 done, or saved because SIGTERM or Ctrl-C asked to stop; 1 an error in the code, or
+evaluations that failed; 2 something to mend (the message says what); 3 another process of the job
+failed (its message is repeated); 130 and 143 Ctrl-C and SIGTERM before there was anything to save.
 """
 
+import argparse
 import os
 import pathlib
 import re
@@ -23,7 +25,7 @@ import sys
 import traceback
 import warnings
 
-from vlm_jax import console, process_end, recipes, requirements, stop_signal
+from vlm_jax import console, process_end, recipes, recorded, requirements, stop_signal
 
 
 def main(argv=None):
@@ -87,8 +89,9 @@ def _parse(argv):
     """Values of the flags; None when it was help or a description that was asked for."""
     from absl import flags
 
+    argv, record = _take_record(argv)
     argv = _locate_recipe(argv)
-    values = _define_flags(argv)
+    values = _define_flags(argv, record)
     if {"-h", "-help", "--help"} & set(argv[1:]):
         print(f"{__doc__}\n{values.get_help()}")
         return None
@@ -152,22 +155,26 @@ def _explain_rest(rest, values):
     return f"argument {rest[0]!r} is not understood: arguments look like --name=value"
 
 
-def _define_flags(argv):
+def _define_flags(argv, record=None):
     from absl import flags
     from ml_collections import config_flags
 
     values = flags.FlagValues()
     # Not locked: a recipe need not list every field. The dataclass that reads a section refuses
     # unknown keys and wrong types, whether they come from the file or from the command line.
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "recipe: F or F:arg; --config.a.b=v overrides a value",
+    options = dict(
+        help_string="recipe: F or F:arg; --config.a.b=v overrides a value",
         flag_values=values,
         lock_config=False,
         accept_new_attributes=True,
         sys_argv=argv,
     )
+    if record is None:
+        config_flags.DEFINE_config_file("config", None, **options)
+    else:
+        import ml_collections
+
+        config_flags.DEFINE_config_dict("config", ml_collections.ConfigDict(record), **options)
     text = "folder for checkpoints, metrics and pictures"
     flags.DEFINE_string("workdir", None, text, flag_values=values)
     modes = ["train", "evaluate"]
@@ -183,6 +190,34 @@ def _define_flags(argv):
     return values
 
 
+def _take_record(argv):
+    """The arguments, and the recipe that a run recorded where they name one instead of a file.
+
+    That is `--config=RUN/config.json`, and the run's own in `--mode=evaluate --workdir=RUN` alone.
+    """
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--config", "--mode", "--workdir"):
+        known.add_argument(name)
+    try:
+        found, rest = known.parse_known_args(argv[1:])
+    except argparse.ArgumentError:  # without a value: absl says so
+        return argv, None
+    if found.config and found.config.endswith(".json"):
+        try:
+            record = recorded.read(pathlib.Path(found.config))
+        except ValueError as error:
+            _fail(str(error))
+        given = [f"--{name}={x}" for name in ("mode", "workdir") if (x := getattr(found, name))]
+        return [argv[0], *given, *rest], record
+    if found.config or found.mode != "evaluate" or not found.workdir:
+        return argv, None
+    _, program = _import_program()
+    try:
+        return argv, recorded.of_run(found.workdir)
+    except program.USER_ERRORS as error:
+        _fail(f"{error}. Without a checkpoint --config is needed too")
+
+
 def _locate_recipe(argv):
     """Falls back to installed recipes; lets a recipe say `from configs import other`."""
     for index, argument in enumerate(argv):
@@ -193,11 +228,6 @@ def _locate_recipe(argv):
         else:
             continue
         path, _, arg = name.partition(":")
-        if path.endswith(".json"):
-            _fail(
-                f"--config={path} is no recipe but the record of one: give the Python file that "
-                "the run was started with ('command' in the record)"
-            )
         try:
             recipe = recipes.find(path)
         except FileNotFoundError as error:

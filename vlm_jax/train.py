@@ -209,7 +209,9 @@ class _Run:
         for line in resume.show(changed | other):
             _say(f"changed since step {self.start}: {line}")
         if "train.batch_size" in changed:
-            _say(f"data go on at row {self.start_row}: no record is skipped or read twice")
+            _say(
+                f"with this batch size data go on at row {self.start_row}: none is skipped or read twice"
+            )
 
     def _some_rows(self, formatter) -> list[Mapping[str, np.ndarray]]:
         with self._batches(formatter) as batches:

@@ -56,6 +56,7 @@ class WorkdirLock:
         threading.Thread(target=self._beat, name="workdir-lock", daemon=True).start()
 
     def _take(self, workdir: pathlib.Path) -> None:
+        self._made = not workdir.exists()
         workdir.mkdir(parents=True, exist_ok=True)
         while not _create(self._path, self._text):
             held = _read(self._path)
@@ -80,6 +81,8 @@ class WorkdirLock:
         with contextlib.suppress(OSError):
             if _read(self._path) == self._text:
                 self._path.unlink()
+            if self._made:  # for a start that failed; a folder with something in it stays
+                self._path.parent.rmdir()
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_S):
