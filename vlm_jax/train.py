@@ -209,9 +209,8 @@ class _Run:
         for line in resume.show(changed | other):
             _say(f"changed since step {self.start}: {line}")
         if "train.batch_size" in changed:
-            _say(
-                f"with this batch size data go on at row {self.start_row}: none is skipped or read twice"
-            )
+            row = self.start_row
+            _say(f"with this batch size data go on at row {row}: none is skipped or read twice")
 
     def _some_rows(self, formatter) -> list[Mapping[str, np.ndarray]]:
         with self._batches(formatter) as batches:

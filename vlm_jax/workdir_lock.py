@@ -74,15 +74,16 @@ class WorkdirLock:
     def __enter__(self) -> WorkdirLock:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, *_: Any) -> None:
         self.release()
+        if kind and self._made:  # a start that failed leaves no folder, unless it holds something
+            with contextlib.suppress(OSError):
+                self._path.parent.rmdir()
 
     def _remove_own(self) -> None:
         with contextlib.suppress(OSError):
             if _read(self._path) == self._text:
                 self._path.unlink()
-            if self._made:  # for a start that failed; a folder with something in it stays
-                self._path.parent.rmdir()
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_S):
