@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from vlm_jax import config as config_lib
@@ -182,4 +183,5 @@ def _check_lengths(
 
 @functools.cache
 def _say_once(message: str) -> None:
-    print(f"[lvm] {message}", file=sys.stderr)
+    if jax.process_index() == 0:
+        print(f"[lvm] {message}", file=sys.stderr)
