@@ -31,6 +31,7 @@ _MIXTURE = {
     "type": "of the source: one of sources.TYPES, a module of vlm_jax/datasets, or a dotted name",
     "weight": "share of the rows, relative to the other sources",
 }
+_TOP = "config"  # the section that holds the others
 _PRESET = "published sizes, which the other keys change"
 
 
@@ -78,13 +79,14 @@ def text(config: Any) -> str:
     """
     blocks = []
     for section in sections(config_lib.plain(config)):
+        prefix = "--config." if section.name == _TOP else f"--config.{section.name}."
         lines = [f"{section.name}    {section.reader}", f"    {section.summary}", ""]
         for row in section.rows:
             default = row.default if row.default == "required" else f"default {row.default}"
-            lines.append(f"--config.{section.name}.{row.key}={row.value}    {row.type}, {default}")
+            lines.append(f"{prefix}{row.key}={row.value}    {row.type}, {default}")
             lines += textwrap.wrap(row.meaning, _WIDTH - 8, initial_indent=" " * 8,
                                    subsequent_indent=" " * 8)  # fmt: skip
-        blocks.append("\n".join(lines).replace("--config.config.", "--config."))
+        blocks.append("\n".join(lines))
     return "\n\n\n".join(blocks)
 
 
@@ -93,7 +95,7 @@ def sections(values: Mapping[str, Any]) -> Iterator[Section]:
     hints = typing.get_type_hints(run.Recipe)
     parts = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     top = [row for row in rows_of(run.Recipe, values) if row.key in ("system", "path")]
-    yield _section("config", run.Recipe, top)
+    yield _section(_TOP, run.Recipe, top)
     system = task_lib.resolve(values["system"], "systems")
     task = system.make_task(dict(values["model"]), **values.get("task") or {})
     yield from _of_model(task.cfg, values["model"], "model")
@@ -285,7 +287,7 @@ def _all_sections() -> Iterator[tuple[str, list[Section]]]:
     shared["evals.NAME"] = evaluate.EvalConfig
     top = [row for row in rows_of(run.Recipe) if row.key not in shared]
     found = [_section(name, cls, rows_of(cls)) for name, cls in shared.items()]
-    yield "Every recipe", [_section("config", run.Recipe, top), *found]
+    yield "Every recipe", [_section(_TOP, run.Recipe, top), *found]
     for name in _modules("systems"):
         yield f"System {name}", list(_of_system(name))
     kinds = [*sorted(sources.TYPES), *_modules("datasets")]
