@@ -53,6 +53,17 @@ def test_long_texts_keep_their_end():
     np.testing.assert_allclose(embed(["abcdefghij"]), embed(["abcdef"]), atol=1e-6)
 
 
+def test_a_tokenizer_of_another_network_is_refused(tmp_path):
+    library = pytest.importorskip("tokenizers")
+    words = {f"w{i}": i for i in range(9)}
+    library.Tokenizer(library.models.WordLevel(words, unk_token="w0")).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    assert text_embedder._tokenize(tmp_path, 9) is not None
+    with pytest.raises(records.DataError, match="tokenizer.json has 9 ids, the network beside it"):
+        text_embedder._tokenize(tmp_path, 8)
+
+
 def test_unknown_names():
     for name in ("word2vec", "clip"):
         with pytest.raises(records.DataError, match="known: minilm, minilm:FOLDER, clip:FOLDER"):

@@ -111,7 +111,7 @@ def _load_bert(path: str) -> TextEmbedder:
     def apply(params, tokens_bt, valid_bt):
         return network.bind(params).embed(tokens_bt, valid_bt)
 
-    return TextEmbedder(_tokenize(folder), apply, params, max_tokens=cfg.max_tokens)
+    return TextEmbedder(_tokenize(folder, cfg.vocab_size), apply, params, max_tokens=cfg.max_tokens)
 
 
 def _load_clip(path: str) -> TextEmbedder:
@@ -122,9 +122,16 @@ def _load_clip(path: str) -> TextEmbedder:
         del valid_bt  # the tower reads up to the end token; padding is id 0
         return network.bind(params)(tokens_bt)
 
-    return TextEmbedder(_tokenize(path), apply, params, max_tokens=cfg.max_tokens)
+    return TextEmbedder(_tokenize(path, cfg.vocab_size), apply, params, max_tokens=cfg.max_tokens)
 
 
-def _tokenize(path: str | os.PathLike) -> Callable[[Sequence[str]], list[list[int]]]:
-    tokenizer = tokenizers.from_json(readers.folder_of(path) / "tokenizer.json")
+def _tokenize(
+    path: str | os.PathLike, vocab_size: int
+) -> Callable[[Sequence[str]], list[list[int]]]:
+    file = readers.folder_of(path) / "tokenizer.json"
+    tokenizer = tokenizers.from_json(file)
+    if (num_ids := tokenizers.num_ids(tokenizer)) > vocab_size:
+        raise records.DataError(
+            f"{file} has {num_ids} ids, the network beside it {vocab_size}: it is another's"
+        )
     return lambda texts: [encoded.ids for encoded in tokenizer.encode_batch(list(texts))]

@@ -13,7 +13,7 @@ import pytest
 
 from vlm_jax import config as config_lib
 from vlm_jax import optim
-from vlm_jax.data import wheels
+from vlm_jax.data import records, wheels
 from vlm_jax.models import llama as llama_model
 from vlm_jax.nn import functional
 from vlm_jax.systems import nxtp
@@ -106,6 +106,21 @@ def test_a_batch_that_fits(task, params):
 def test_batches_that_do_not_fit(task, change, message):
     with pytest.raises(config_lib.ConfigError, match=message):
         task.check_batch(make_batch(task) | change)
+
+
+def test_the_tokenizer_of_the_task_is_read_before_training(smollm2_words):
+    """Another one than the formatter's, a missing one: refused with the first batch."""
+    model = dict(vision=dict(preset="tiny"), decoder=dict(preset="smollm2", depth=1))
+    formatter = nxtp.make_formatter(tokenizer="smollm2", image_size=32, max_tokens=16)
+    record = {"image_u8": np.zeros((40, 50, 3), np.uint8), "labels": ["dog", "cat"]}
+    batch = {key: np.stack([x, x]) for key, x in formatter(record).items()}
+    nxtp.make_task(model, delimiter_id=28, tokenizer="smollm2").check_batch(batch)
+    missing = nxtp.make_task(model, delimiter_id=28, tokenizer="nowhere.model")
+    with pytest.raises(records.DataError, match="nowhere.model: no such tokenizer"):
+        missing.check_batch(batch)
+    batch["prompt"] = batch["prompt"][:, [0, 1, 3, 2]]
+    with pytest.raises(config_lib.ConfigError, match="formatter.tokenizer writes its prompt"):
+        nxtp.make_task(model, delimiter_id=28, tokenizer="smollm2").check_batch(batch)
 
 
 def test_labels_do_not_see_each_other(task, params):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vlm_jax.data import file_kind, records
@@ -35,20 +36,34 @@ def from_gguf(metadata: Mapping[str, Any]):
             "BPE ('gpt2') with the splitting of 'smollm' is"
         )
     records.require("tokenizers", "text")
-    try:
+    with named_errors("the tokenizer of the GGUF file"):
         return _byte_level(
             *(metadata[f"tokenizer.ggml.{part}"] for part in ("tokens", "merges", "token_type"))
         )
-    except Exception as error:  # wrong types in the file; the library raises bare exceptions
-        raise records.DataError(
-            f"the GGUF file's tokenizer cannot be used ({error!r}); fetch the file again"
-        ) from error
+
+
+@contextlib.contextmanager
+def named_errors(what: str | os.PathLike) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a DataError, "WHAT: not a tokenizer: ...".
+
+    The libraries raise bare exceptions, and panics of theirs are not even `Exception`s.
+    """
+    try:
+        yield
+    except (records.DataError, records.MissingExtraError):
+        raise
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise records.DataError(f"{what}: not a tokenizer: {error}") from error
 
 
 def _byte_level(names: list[str], merges: list[str], types: list[int]):
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
+    if not (isinstance(names, list) and isinstance(merges, list)):
+        raise TypeError("tokens and merges must be lists")
     vocab = {name: token_id for token_id, name in enumerate(names)}
     if len(vocab) != len(names) or len(types) != len(names):
         raise ValueError(f"{len(vocab)} names and {len(types)} types of {len(names)} tokens")
@@ -81,20 +96,21 @@ def from_json(path: str | os.PathLike):
       MissingExtraError: the `tokenizers` package is missing.
     """
     library = records.require("tokenizers", "text")
-    try:
+    with named_errors(path):
         if reason := file_kind.not_data(path):
             raise records.DataError(f"{path} {reason}")
         # With or without a byte order mark.
         text = pathlib.Path(path).read_text(encoding="utf-8-sig")
         tokenizer = library.Tokenizer.from_str(text)
         _require_own_ids(tokenizer, json.loads(text), path)
-    except records.DataError:
-        raise
-    except Exception as error:  # the library raises bare exceptions
-        raise records.DataError(f"{path}: not a tokenizer: {error}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def num_ids(tokenizer: Any) -> int:
+    """One more than the largest id of a `tokenizers.Tokenizer`; some numbers may be missing."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def marks_spaces(tokenizer: Any) -> bool:

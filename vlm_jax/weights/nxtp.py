@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import re
@@ -278,11 +277,9 @@ def decoder_config_of(
     pattern = re.compile(re.escape(_DECODER) + r"layers\.(\d+)\.attention_norm\.weight")
     depth = sum(pattern.fullmatch(name) is not None for name in tensors)
     if params_json:
-        try:
-            fields = json.loads(pathlib.Path(params_json).read_text())
-        except ValueError as error:
-            raise errors.WeightsError(f"{params_json}: {error}") from error
-        cfg = llama.config_from_meta(fields, vocab_size)
+        from_meta = functools.partial(llama.config_from_meta, vocab_size=vocab_size)
+        file = pathlib.Path(params_json)
+        cfg = readers.read_config(file, llama_model.LlamaConfig, from_meta)
         return dataclasses.replace(cfg, depth=depth)
     if width != 4096:
         raise errors.WeightsError(

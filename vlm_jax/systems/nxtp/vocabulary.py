@@ -57,7 +57,7 @@ class Vocabulary:
             base, bos_id, eos_id = tokenizer.vocab_size(), tokenizer.bos_id(), tokenizer.eos_id()
             self._unknown = tokenizer.unk_id()
         else:
-            base = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # ids have holes
+            base = tokenizers.num_ids(tokenizer)
             self._unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
             tokenizer.encode_special_tokens = True  # "</s>" in a label is text
         if bos_id is None or eos_id is None or min(bos_id, eos_id) < 0:
@@ -162,12 +162,8 @@ def load(path: str | os.PathLike) -> Vocabulary:
         file = found[0]
     if not file.exists():
         raise records.DataError(f"{file}: no such tokenizer")
-    try:
+    with tokenizers.named_errors(file):  # tokens that are no text, say
         return _open(file)
-    except (records.DataError, records.MissingExtraError, OSError):
-        raise
-    except Exception as error:  # tokens that are no text, say; the libraries raise every kind
-        raise records.DataError(f"{file}: not a tokenizer that can be used: {error!r}") from error
 
 
 def _open(file: pathlib.Path) -> Vocabulary:
