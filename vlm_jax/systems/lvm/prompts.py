@@ -63,7 +63,8 @@ class Formatter:
                 example[f"{key}_ids"], count = _fill(ids, room, key), len(ids)
             else:
                 given = record.get(key, ())
-                if not isinstance(given, list | tuple | np.ndarray):
+                flat = isinstance(given, np.ndarray) and not given.ndim
+                if flat or not isinstance(given, list | tuple | np.ndarray):
                     raise records.BadRecordError(f"{key} is {given!r:.60}, not a list of pictures")
                 pictures = images.as_images(given)
                 if not self.side:
