@@ -14,7 +14,8 @@ PNG = images.encode(PIXELS)
 ODD = [
     None, True, 5, -1, 1.5, float("inf"), float("nan"), 10**30, "", "x" * 300, "\ud800", "\0",
     "/dev/zero", "~nobody", b"", b"\xff" * 10, [], [[]], [None], [1.5], ["a", 1], [{}], {},
-    {"a": 1}, np.zeros(3), np.zeros((0, 0, 3), np.uint8), np.array([{}], object), np.array("x"), (1, 2),
+    {"a": 1}, np.zeros(3), np.zeros((0, 0, 3), np.uint8), np.array([{}], object), (1, 2),
+    np.array("x"),
 ]  # fmt: skip
 
 
