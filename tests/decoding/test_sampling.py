@@ -66,3 +66,33 @@ def test_impossible_values(field):
     ((name, value),) = field.items()
     with pytest.raises(ValueError, match=f"{name} {value}"):
         sampling.Sampler(**field)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 5, 63, 64, 100])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (0.7, 1.0), (1.3, 0.6)])
+def test_traced_numbers_draw_the_same_tokens(temperature, top_k, top_p):
+    logits = jax.random.normal(jax.random.key(1), (5, 64)) * 4
+    logits = logits.at[:, 3].set(logits[:, 7]).at[0, :9].set(0.0).at[1, 2].set(-jnp.inf)
+    sampler = sampling.Sampler(temperature, top_k, top_p, suppress_from=60, suppress_ids=(2,))
+    bare = sampling.Sampler(suppress_from=60, suppress_ids=(2,))
+    for seed in range(20):
+        rng = jax.random.key(seed)
+        expected = sampler(rng, logits)
+        np.testing.assert_array_equal(_draw(bare, sampler.knobs, rng, logits), expected)
+
+
+_draw = jax.jit(sampling.Sampler.draw, static_argnums=0)
+
+
+def test_other_numbers_compile_nothing():
+    traced = []
+
+    @jax.jit
+    def draw(knobs, rng, logits):
+        traced.append(1)
+        return sampling.Sampler().draw(knobs, rng, logits)
+
+    for temperature, top_k, top_p in ((1.0, 0, 1.0), (0.0, 5, 0.5), (2, 7, 0.25)):
+        knobs = sampling.Sampler(temperature, top_k, top_p).knobs
+        draw(knobs, jax.random.key(0), jnp.zeros((2, 8)))
+    assert traced == [1]

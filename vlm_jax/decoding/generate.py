@@ -9,6 +9,7 @@ with a method `rows(index_r)` that selects rows; see `models.llama`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ def generate(
     num_new: int,
     rng: jax.Array,
     *,
-    sampler: sampling.Sampler = sampling.GREEDY,
+    sampler: Callable[[jax.Array, jax.Array], jax.Array] = sampling.GREEDY,
     valid_bt: jax.Array | None = None,
     num_samples: int = 1,
     stop_ids: tuple[int, ...] = (),
@@ -39,7 +40,7 @@ def generate(
       prompt_bt: int32. Shorter prompts are padded on the left, and valid_bt says where.
       num_new: tokens to generate, at least 1; static.
       rng: key; equal keys give equal tokens.
-      sampler: static.
+      sampler: (rng, logits_bv) -> tokens_b, a `sampling.Sampler` for example.
       valid_bt: bool, True for real prompt tokens; None is all.
       num_samples: continuations per prompt. They share one prefill.
       stop_ids: a row that draws one of these (it is kept) is filled up with pad_id, and the loop
@@ -94,7 +95,7 @@ def compile(
     num_new: int,
     **options: Any,
 ) -> Callable[..., jax.Array]:
-    """`generate` as one jitted function of (params, prompt_bt, rng, valid_bt=None).
+    """`generate` as one jitted function of (params, prompt_bt, rng, valid_bt=None, knobs=None).
 
     Args:
       bind: params -> network with a method `step`.
@@ -102,14 +103,19 @@ def compile(
       num_new: as in `generate`, like `options`.
 
     Returns:
-      The function. Every prompt shape compiles once.
+      The function. Every prompt shape compiles once. `knobs`, a `sampling.Knobs`, take the place of
+      the sampler's numbers; other values compile nothing.
     """
+    sampler = options.pop("sampler", sampling.GREEDY)
 
     @jax.jit
-    def run(params, prompt_bt, rng, valid_bt=None):
+    def run(params, prompt_bt, rng, valid_bt=None, knobs=None):
         b, t = prompt_bt.shape
         cache = make_cache(b, t + num_new - 1)
         step = bind(params).step
-        return generate(step, cache, prompt_bt, num_new, rng, valid_bt=valid_bt, **options)
+        pick = sampler if knobs is None else functools.partial(sampler.draw, knobs)
+        return generate(
+            step, cache, prompt_bt, num_new, rng, sampler=pick, valid_bt=valid_bt, **options
+        )
 
     return run

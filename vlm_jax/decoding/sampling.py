@@ -7,11 +7,20 @@ generation library that the LVM authors sample with, whose hidden default is top
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 _NEVER = -jnp.inf  # a logit that cannot be drawn
+
+
+class Knobs(NamedTuple):
+    """The numbers of a Sampler as arrays, which a compiled program takes as arguments."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +69,32 @@ class Sampler:
             return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
         return jax.random.categorical(rng, self.warp(logits_bv), axis=-1).astype(jnp.int32)
 
+    def draw(self, knobs: Knobs, rng: jax.Array, logits_bv: jax.Array) -> jax.Array:
+        """As a Sampler of these numbers draws, but they may be traced; of this one's own, only what
+        is suppressed counts.
+        """
+        logits_bv = self._suppress(logits_bv.astype(jnp.float32))
+
+        def sample():
+            warm_bv = logits_bv / knobs.temperature
+            kth_b1 = _kth_largest(warm_bv, knobs.top_k)
+            off = (knobs.top_k <= 0) | (knobs.top_k >= warm_bv.shape[-1])
+            kept_bv = jnp.where((warm_bv < kth_b1) & ~off, _NEVER, warm_bv)
+            kept_bv = jax.lax.cond(
+                knobs.top_p < 1, lambda: _top_p(kept_bv, knobs.top_p), lambda: kept_bv
+            )
+            return jax.random.categorical(rng, kept_bv, axis=-1).astype(jnp.int32)
+
+        def best():
+            return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
+
+        return jax.lax.cond(knobs.temperature > 0, sample, best)
+
+    @property
+    def knobs(self) -> Knobs:
+        """Its numbers, for `draw`."""
+        return Knobs(jnp.float32(self.temperature), jnp.int32(self.top_k), jnp.float32(self.top_p))
+
     def _suppress(self, logits_bv):
         size = logits_bv.shape[-1]
         ids = jnp.arange(size)
@@ -70,6 +105,27 @@ class Sampler:
 
 
 GREEDY = Sampler(temperature=0.0)
+
+
+def _kth_largest(x_bv: jax.Array, k: jax.Array) -> jax.Array:
+    """The k-th largest value of each row, k traced; float32[B, 1].
+
+    Bisects over bit patterns, which order as the floats do once negative ones are turned: cheaper
+    than sorting the vocabulary for every token.
+    """
+    bits_bv = jax.lax.bitcast_convert_type(x_bv, jnp.int32)
+    ordered_bv = jnp.where(bits_bv < 0, bits_bv ^ jnp.int32(0x7FFFFFFF), bits_bv)
+
+    def halve(_, bounds):
+        low_b1, high_b1 = bounds  # at least k values are >= low, fewer are > high
+        middle_b1 = (low_b1 >> 1) + (high_b1 >> 1) + ((low_b1 | high_b1) & 1)  # rounded up
+        enough_b1 = (ordered_bv >= middle_b1).sum(-1, keepdims=True) >= k
+        return jnp.where(enough_b1, middle_b1, low_b1), jnp.where(enough_b1, high_b1, middle_b1 - 1)
+
+    ends = ordered_bv.min(-1, keepdims=True), ordered_bv.max(-1, keepdims=True)
+    value_b1 = jax.lax.fori_loop(0, 32, halve, ends)[0]
+    bits_b1 = jnp.where(value_b1 < 0, value_b1 ^ jnp.int32(0x7FFFFFFF), value_b1)
+    return jax.lax.bitcast_convert_type(bits_b1, jnp.float32)
 
 
 def _top_p(logits_bv, top_p):

@@ -246,20 +246,23 @@ class Lvm:
         rows, _, size = context.shape
         lead = np.tile(np.array(self.lead_ids, np.int32), (rows, 1))
         prompt = np.concatenate([lead, context.reshape(rows, -1)], axis=1).astype(np.int32)
-        key = (num_images, candidates, sampler)
+        # Without its numbers: they are arguments, so that other ones compile nothing.
+        fixed = dataclasses.replace(sampler, temperature=1.0, top_k=0, top_p=1.0)
+        key = (num_images, candidates, fixed)
         if key not in self._generators:
             self._generators[key] = generate.compile(
                 self._network.bind,
                 lambda batch, length: llama.make_cache(self.cfg, batch, length),
                 num_images * size,
-                sampler=sampler,
+                sampler=fixed,
                 num_samples=candidates,
             )
         rng = jax.random.fold_in(jax.random.key(seed), call)
         per_call = max(1, MAX_ROWS // candidates)
         parts = []
         for start, count, (filled,) in buckets.pieces(per_call, prompt):
-            out = self._generators[key](self.params, filled, jax.random.fold_in(rng, start))
+            rng_ = jax.random.fold_in(rng, start)
+            out = self._generators[key](self.params, filled, rng_, knobs=sampler.knobs)
             parts.append(np.asarray(out)[:count])
         return np.concatenate(parts)
 
