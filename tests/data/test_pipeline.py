@@ -13,6 +13,7 @@ import pytest
 from tests import fuzz
 from vlm_jax.data import packing as packing_lib
 from vlm_jax.data import pipeline, records
+from vlm_jax.data import rows as rows_lib
 from vlm_jax.systems.lvm import format as lvm_format
 
 BATCH = 8
@@ -419,7 +420,7 @@ def test_long_documents_do_not_fill_the_memory():
             return packing_lib.Document(np.zeros(100, np.int32), np.zeros(100, np.float32))
 
     loaded: list[int] = []
-    cache = pipeline._DocumentCache(Table(), size=50, most_ids=1000)
+    cache = rows_lib._DocumentCache(Table(), size=50, most_ids=1000)
     for index in (*range(40), *range(30, 40), 0):
         assert len(cache("a", index).ids) == 100
     assert loaded == [*range(40), 0]

@@ -13,26 +13,21 @@ Mixture weights are shares of rows: of examples without packing, of tokens with 
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
 import itertools
 import math
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from vlm_jax import config as config_lib
-from vlm_jax.data import order, packing, records, sidecar, sources
-
-_MAX_CAUSE = 500  # letters of a message that are kept: records may hold anything
+from vlm_jax.data import bad_records, packing, records, sources
+from vlm_jax.data import rows as rows_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +121,7 @@ def make_batches(
     """
     rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
     start_row = start_step * batch_size if start_row is None else start_row
-    table = _Rows(config, formatter, seed)
+    table = rows_lib.Rows(config, formatter, seed)
     return Batches(config, formatter, _Endless(table, batch_size, rows, start_row), start_step)
 
 
@@ -145,7 +140,7 @@ def one_pass(
 
     Args: as `make_batches`; max_batches: stop early, 0 reads everything.
     """
-    table = _Rows(dataclasses.replace(config, shuffle=False), formatter, seed)
+    table = rows_lib.Rows(dataclasses.replace(config, shuffle=False), formatter, seed)
     batches = Batches(config, formatter, _OnePass(table, batch_size, max_batches), 0)
     try:
         for batch in batches:
@@ -154,64 +149,17 @@ def one_pass(
         batches.close()
 
 
-class BadRecords:
-    """Counts and names records that cannot be used, and stops the run when they are too many.
-
-    Attributes:
-      seen: records read so far, repeats included.
-      count: bad ones among them.
-      causes: id -> cause of every distinct bad record, those left out by an index included.
-    """
-
-    def __init__(self, max_fraction: float, total: int, skipped: Sequence[tuple[str, str]]):
-        self.seen = self.count = 0
-        self.causes: dict[str, str] = {}
-        self._max_fraction, self._total = max_fraction, total
-        for name, cause in skipped:
-            self._name(name, cause)
-        # Here bad records of the token count are among `total`; for the fraction it hardly matters.
-        _stop_if_too_many(max_fraction, len(skipped), total + len(skipped), self.causes)
-
-    def add(self, seen: int, bad: Sequence[tuple[str, str]]) -> None:
-        """Raises DataError when more than the allowed fraction is bad."""
-        self.seen += seen
-        self.count += len(bad)
-        for name, cause in bad:
-            self._name(name, cause)
-        # A few bad records say little about the fraction before all records were seen.
-        now = self.seen >= self._total > self.seen - seen
-        if now or bad and (self.count > 10 or self.seen >= self._total or not self._max_fraction):
-            _stop_if_too_many(self._max_fraction, self.count, self.seen, self.causes)
-
-    def _name(self, name: str, cause: str) -> None:
-        if name not in self.causes:
-            self.causes[name] = cause = cause[:_MAX_CAUSE]
-            print(f"vlm_jax: bad record {len(self.causes)}: {name}: {cause}", file=sys.stderr)
-
-
-def _stop_if_too_many(max_fraction: float, bad: int, of: int, causes: Mapping[str, str]) -> None:
-    if bad <= max_fraction * of:
-        return
-    named = [f"  {name}: {cause}" for name, cause in itertools.islice(causes.items(), 8)]
-    if len(causes) > len(named):
-        named.append(f"  and {len(causes) - len(named)} more")
-    raise records.DataError(
-        f"{bad} of {of} records cannot be used, more than data.max_bad_fraction={max_fraction}:\n"
-        + "\n".join(named)
-    )
-
-
 class Batches:
     """Iterator of `Batch`, made ahead in the background; `close()` ends the threads.
 
     Attributes:
-      bad_records: what could not be used so far, see `BadRecords`.
+      bad_records: what could not be used so far, see `bad_records.BadRecords`.
       records_of: source -> its number of records, on which its order depends.
     """
 
     def __init__(self, config: DataConfig, formatter: Any, elements: Any, start_step: int):
         table = elements.table
-        self.bad_records = BadRecords(
+        self.bad_records = bad_records.BadRecords(
             config.max_bad_fraction, sum(table.records_of.values()), table.skipped
         )
         self.records_of = table.records_of
@@ -254,7 +202,7 @@ def _stack(examples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray
     return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
 
-def _run_ahead(config: DataConfig, elements: Any, rows: int) -> Iterator[_Row]:
+def _run_ahead(config: DataConfig, elements: Any, rows: int) -> Iterator[rows_lib.Row]:
     grain = records.require("grain")
     options = grain.ReadOptions(
         num_threads=config.num_threads,
@@ -293,229 +241,17 @@ def _begin_worker(index: int, count: int) -> None:
         threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-class _Row(NamedTuple):
-    """One element on its way to a batch."""
-
-    example: dict[str, np.ndarray]
-    record_ids: list[str]
-    seen: int = 0
-    bad: tuple[tuple[str, str], ...] = ()
-
-
-class _Entry(NamedTuple):
-    source: sources.Source
-    shuffle: order.Shuffle
-    plan: packing.StreamPlan | packing.DocumentPlan | None
-
-
-class _Rows:
-    """Any row of any source: (name, number) -> _Row. Picklable."""
-
-    def __init__(self, config: DataConfig, formatter: Any, seed: int):
-        self._formatter, self._seed, self._packing = formatter, seed, config.packing
-        self.mixture = order.Mixture(
-            {name: entry.get("weight", 1.0) for name, entry in config.mixture.items()}
-        )
-        self._entries: dict[str, _Entry] = {}
-        self.skipped: list[tuple[str, str]] = []
-        self.records_of: dict[str, int] = {}
-        if config.packing != "none" and not hasattr(formatter, "encode"):
-            raise records.DataError(
-                f"data.packing={config.packing!r} needs a formatter with `encode` and "
-                f"`max_tokens`; {type(formatter).__name__} has none, set data.packing='none'"
-            )
-        for name in self.mixture.names:
-            fields = {key: x for key, x in config.mixture[name].items() if key != "weight"}
-            source = sources.make_source(**fields)
-            self.skipped += getattr(source, "skipped", ())
-            if not len(source):
-                skipped = len(getattr(source, "skipped", ()))
-                raise records.DataError(
-                    f"data.mixture.{name} is empty: no usable record in {fields}"
-                    + (f" ({skipped} bad ones, first: {source.skipped[0]})" if skipped else "")
-                )
-            self.records_of[name] = len(source)
-            shuffle = order.Shuffle(len(source), seed, name, config.shuffle)
-            plan = None
-            if config.packing != "none":
-                lengths, bad = token_lengths(source, formatter)
-                self.skipped += bad
-                # Checked here already: without usable records there is nothing to plan.
-                _stop_if_too_many(config.max_bad_fraction, len(bad), len(source), dict(bad))
-                plan = packing.PLANS[config.packing](lengths, shuffle, formatter.max_tokens)
-            self._entries[name] = _Entry(source, shuffle, plan)
-        self._documents = _DocumentCache(self)
-
-    def row(self, name: str, number: int, *, one_pass: bool = False) -> _Row:
-        """The `number`-th row of one source."""
-        entry = self._entries[name]
-        return (
-            self._packed(name, entry, number, one_pass)
-            if entry.plan
-            else self._example(name, entry, number)
-        )
-
-    def count(self, name: str) -> int:
-        """Rows of one pass over a source."""
-        entry = self._entries[name]
-        return entry.plan.rows_per_pass if entry.plan else len(entry.source)
-
-    def blank(self) -> _Row:
-        """A row of zeros."""
-        if self._packing != "none":
-            return _Row(packing.blank_row(self._formatter.max_tokens), [])
-        return _Row({**self._zeros, "valid": np.False_}, [])
-
-    def _example(self, name: str, entry: _Entry, number: int) -> _Row:
-        epoch, index = (int(x[0]) for x in entry.shuffle.locate(np.array([number])))
-        record_id = entry.source.record_id(index)
-        rng = np.random.default_rng([self._seed, zlib.crc32(name.encode()), epoch, index])
-        with _naming(record_id):
-            try:
-                example = self._formatter(entry.source[index], rng)
-            except records.BadRecordError as error:
-                bad = ((record_id, str(error)),)
-                return self.blank()._replace(record_ids=[record_id], seen=1, bad=bad)
-        return _Row({**example, "valid": np.True_}, [record_id], 1)
-
-    def _packed(self, name: str, entry: _Entry, number: int, one_pass: bool) -> _Row:
-        pieces = entry.plan.pieces(number, one_pass=one_pass)
-        example = entry.plan.fill(pieces, lambda piece: self._documents(name, piece.index))
-        bad = []
-        for index in dict.fromkeys(piece.index for piece in pieces):
-            document = self._documents(name, index)
-            if document.ids is None:
-                bad.append((entry.source.record_id(index), document.error))
-        record_ids = [entry.source.record_id(piece.index) for piece in pieces]
-        return _Row(example, record_ids, len(pieces), tuple(bad))
-
-    def load_document(self, name: str, index: int) -> packing.Document:
-        """Ids and weights of one record, or why there are none."""
-        source, _, plan = self._entries[name]
-        with _naming(source.record_id(index)):
-            try:
-                ids, weights = self._formatter.encode(source[index])
-            except records.BadRecordError as error:
-                return packing.Document(None, None, str(error))
-        if len(ids) != plan.lengths[index]:
-            changed = f"{len(ids)} ids, and {plan.lengths[index]} when they were counted"
-            return packing.Document(None, None, changed)
-        return packing.Document(ids, weights)
-
-    @functools.cached_property
-    def _zeros(self) -> dict[str, np.ndarray]:
-        """The shapes of an example, from the first record that can be formatted."""
-        first = ""
-        for entry in self._entries.values():
-            for index in range(min(len(entry.source), 1000)):
-                try:
-                    example = self._formatter(entry.source[index], np.random.default_rng(0))
-                except records.BadRecordError as error:
-                    first = first or f"{entry.source.record_id(index)}: {error}"
-                    continue
-                return {key: np.zeros_like(x) for key, x in example.items()}
-        raise records.DataError(
-            f"none of the first 1000 records of any source can be formatted; the first: {first}"
-        )
-
-
-class _DocumentCache:
-    """The documents used last: neighbouring rows share them. Thread-safe, pickled empty."""
-
-    def __init__(self, table: _Rows, size: int = 512, most_ids: int = 2**24):
-        self._table, self._size, self._most_ids = table, size, most_ids
-        self._kept: collections.OrderedDict[tuple[str, int], packing.Document]
-        self._kept, self._lock = collections.OrderedDict(), threading.Lock()
-        self._ids = 0  # of all that are kept: a document may be as long as a file
-
-    def __reduce__(self):
-        return _DocumentCache, (self._table, self._size, self._most_ids)
-
-    def __call__(self, name: str, index: int) -> packing.Document:
-        with self._lock:
-            if (name, index) in self._kept:
-                self._kept.move_to_end((name, index))
-                return self._kept[name, index]
-        document = self._table.load_document(name, index)
-        with self._lock:
-            if (name, index) not in self._kept:  # another thread may have been as fast
-                self._kept[name, index] = document
-                self._ids += _num_ids(document)
-            while len(self._kept) > self._size or self._ids > self._most_ids:
-                self._ids -= _num_ids(self._kept.popitem(last=False)[1])
-        return document
-
-
-def _num_ids(document: packing.Document) -> int:
-    return 0 if document.ids is None else len(document.ids)
-
-
-class _naming:
-    """Puts the record's name before the message of what ends the run."""
-
-    def __init__(self, record_id: str):
-        self._record_id = record_id
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, records.DataError):
-            raise records.DataError(f"{self._record_id}: {error}") from error
-        if error is not None:
-            error.add_note(f"while reading {self._record_id}")
-
-
-def token_lengths(
-    source: sources.Source, formatter: Any
-) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Ids per record, int64[N], 0 for unusable ones, and those as (id, cause); kept with the index.
-
-    Raises:
-      DataError: a record that does not fit the formatter, for example ids of another codebook.
-    """
-
-    def build() -> dict[str, np.ndarray]:
-        lengths, bad, causes = np.zeros(len(source), np.int64), [], []
-        if len(source) > 10_000:
-            print(f"vlm_jax: counting the tokens of {len(source)} records (once)", file=sys.stderr)
-        for index in range(len(source)):
-            with _naming(source.record_id(index)):
-                try:
-                    lengths[index] = len(formatter.encode(source[index])[0])
-                except records.BadRecordError as error:
-                    bad.append(index)
-                    causes.append(str(error)[:_MAX_CAUSE])
-        return {
-            "lengths": lengths,
-            "bad": np.array(bad, np.int64),
-            "causes": np.array(causes, np.str_),
-        }
-
-    fingerprint = getattr(source, "fingerprint", lambda: None)()
-    # A formatter that is no dataclass does not show its settings, so nothing can be kept for it.
-    if fingerprint is None or not dataclasses.is_dataclass(formatter):
-        arrays = build()
-    else:
-        key = [fingerprint, type(formatter).__module__, repr(formatter)]
-        arrays = sidecar.load("lengths-2", key, build)
-    bad = [
-        (source.record_id(int(i)), str(cause)) for i, cause in zip(arrays["bad"], arrays["causes"])
-    ]
-    return arrays["lengths"], bad
-
-
 class _Endless:
     """The rows that one process needs, step after step: what grain indexes."""
 
-    def __init__(self, table: _Rows, batch_size: int, rows: np.ndarray, start_row: int):
+    def __init__(self, table: rows_lib.Rows, batch_size: int, rows: np.ndarray, start_row: int):
         self.table, self.rows_per_batch = table, len(rows)
         self._batch_size, self._rows, self._start_row = batch_size, rows, start_row
 
     def __len__(self) -> int:
         return 2**48  # grain wants a length; no run is longer
 
-    def __getitem__(self, index: int) -> _Row:
+    def __getitem__(self, index: int) -> rows_lib.Row:
         step, row = divmod(int(index), len(self._rows))
         number = self._start_row + step * self._batch_size + int(self._rows[row])
         return self.table.row(*self.table.mixture.locate(number))
@@ -524,7 +260,7 @@ class _Endless:
 class _OnePass:
     """All rows of all sources once, then blank rows up to whole batches."""
 
-    def __init__(self, table: _Rows, batch_size: int, max_batches: int):
+    def __init__(self, table: rows_lib.Rows, batch_size: int, max_batches: int):
         self.table, self.rows_per_batch = table, batch_size
         self._names = table.mixture.names
         self._ends = np.cumsum([table.count(name) for name in self._names])
@@ -534,7 +270,7 @@ class _OnePass:
     def __len__(self) -> int:
         return self.num_batches * self.rows_per_batch
 
-    def __getitem__(self, index: int) -> _Row:
+    def __getitem__(self, index: int) -> rows_lib.Row:
         at = int(np.searchsorted(self._ends, index, side="right"))
         if at == len(self._names):
             return self.table.blank()

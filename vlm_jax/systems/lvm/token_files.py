@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from vlm_jax import config as config_lib
-from vlm_jax.data import pipeline, records, shard_files, sources
+from vlm_jax.data import pipeline, records, rows, shard_files, sources
 from vlm_jax.models import vqgan
 from vlm_jax.nn import functional
 
@@ -156,7 +156,7 @@ def _check_lengths(
     expected: Expected,
     name: str,
 ) -> None:
-    lengths, _ = pipeline.token_lengths(source, formatter)
+    lengths, _ = rows.token_lengths(source, formatter)
     readable = int((lengths > 0).sum())
     broken = (lengths > 0) & ((lengths - formatter.num_literals) % expected.tokens_per_image > 0)
     if broken.any():
