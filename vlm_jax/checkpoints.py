@@ -241,6 +241,10 @@ class Checkpointer:
         """
         return checkpoint_reading.read_arrays(self._step_folder(step), wanted)
 
+    def passed_over(self) -> list[int]:
+        """Steps that `latest_good` could not use; on process 0."""
+        return sorted(self._rejected)
+
     def newest_used(self) -> int:
         """The newest step that this object saved or read; 0 if there is none."""
         return max(self._good, default=0)

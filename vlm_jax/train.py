@@ -140,8 +140,7 @@ def fit(
       ConfigError, CheckpointError, DataError: see their modules.
     """
     with contextlib.ExitStack() as closing:  # last opened, first closed
-        run = _Run(recipe, task, formatter, workdir, mesh, dict(meta or {}), closing)
-        run.stop = stop
+        run = _Run(recipe, task, formatter, workdir, mesh, dict(meta or {}), stop, closing)
         run.find_start(make)
         run.open_data()
         if run.is_over():
@@ -160,9 +159,10 @@ def fit(
 class _Run:
     """One run between its start and its end. Its methods are called in the order of `fit`."""
 
-    def __init__(self, recipe, task, formatter, workdir, mesh, meta, closing):
+    def __init__(self, recipe, task, formatter, workdir, mesh, meta, stop, closing):
         self.recipe, self.task, self.formatter = recipe, task, formatter
-        self.workdir, self.mesh, self.meta, self.closing = workdir, mesh, meta, closing
+        self.workdir, self.mesh, self.meta = workdir, mesh, meta
+        self.stop, self.closing = stop, closing
         self.config = recipe.train
         self.last: dict[str, float] = {}
         self.watch = guards.make(self.config.guards)
@@ -189,6 +189,8 @@ class _Run:
         self.start = self.step = self.saver.latest_good() or 0
         self.start_row, self.records_before = 0, {}
         if not self.start:
+            if self.saver.passed_over():
+                _say("none of the checkpoints can be used: starting from the beginning")
             return
         _say(f"resuming from step {self.start} of {self.config.steps} in {self.workdir}")
         saved = self.saver.describe(self.start)["meta"]
