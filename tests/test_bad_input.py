@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from vlm_jax import main, predict
+from vlm_jax import image_tokenizer, main, predict
 from vlm_jax.datasets import visual_sentences
+from vlm_jax.systems.lvm import token_files
 
 RECIPE = str(pathlib.Path(__file__).parents[1] / "configs" / "lvm_3b.py")
 
@@ -183,6 +184,20 @@ def test_token_ids_out_of_range(train):
     ids = np.arange(512)
     ids[7] = 1124
     train(sentences=[ids] * 4, words=["token id 1124", "outside [0, 1124)", "array_record:0"])
+
+
+def test_token_files_of_another_tokenizer(train, tmp_path):
+    """As `tokenize_images` leaves them: a manifest beside the files."""
+    token_files.write_manifest(tmp_path, image_tokenizer.ImageTokenizer.load("tiny", side=16))
+    words = ["data.mixture.own", "made with tokens_per_image=16", "task.tokens_per_image is 64"]
+    train(words=words)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"resolution": 16', '"resolution": 32'))
+    train(words=["data.mixture.own", "task.tokenizer is", "tokenize the images again"])
+
+
+def test_token_files_of_images_of_another_size(train):
+    train(sentences=[np.arange(504)] * 4, words=["has 8 images of 63 ids", "is 64"])
 
 
 def test_a_checkpoint_of_another_size(train):
