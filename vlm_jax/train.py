@@ -215,13 +215,14 @@ class _Run:
             _say(f"with this batch size data go on at row {row}: none is skipped or read twice")
 
     def _some_rows(self, formatter) -> list[Mapping[str, np.ndarray]]:
-        with self._batches(formatter) as batches:
+        everything = np.arange(self.config.batch_size)  # so that all processes see the same
+        with self._batches(formatter, everything) as batches:
             number = -(-_ROWS_COMPARED // self.config.batch_size)
             return [batch.arrays for batch in itertools.islice(batches, number)]
 
     def open_data(self) -> None:
         """Data are looked at before anything is compiled or allocated."""
-        self.batches = self.closing.enter_context(self._batches(self.formatter))
+        self.batches = self.closing.enter_context(self._batches(self.formatter, self.rows))
         for name, count in self.batches.records_of.items():
             if (before := self.records_before.get(name, count)) != count:
                 _say(
@@ -238,7 +239,7 @@ class _Run:
             self.config.seed,
         )
 
-    def _batches(self, formatter) -> pipeline.Batches:
+    def _batches(self, formatter, rows) -> pipeline.Batches:
         return pipeline.make_batches(
             self.recipe.data,
             formatter,
@@ -246,7 +247,7 @@ class _Run:
             seed=self.config.seed,
             start_step=self.start,
             start_row=self.start_row,
-            rows=self.rows,
+            rows=rows,
         )
 
     def is_over(self) -> bool:
@@ -316,7 +317,8 @@ class _Run:
             )
         )
         if jax.process_index() == 0:
-            workdir_files.write_config(self.workdir, self.meta)
+            if self.start < config.steps:
+                workdir_files.write_config(self.workdir, self.meta)
             baselines = evaluate_lib.baselines(self.evaluations)
             closing.callback(curves.draw, self.workdir, baselines)
         bar = progress.of_run(self.task, self.first, self.start, config, self.mesh)
