@@ -121,5 +121,9 @@ def test_what_is_missing_is_said(tmp_path):
     own_data.photo(tmp_path / "a.png", 1)
     with pytest.raises(records.DataError, match="none with a label or caption; put the photos"):
         source(tmp_path, texts=True)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "t.csv").write_text("file,label\na.jpg,x\n")
+    with pytest.raises(records.DataError, match="holds t.csv, and no photo or video"):
+        source(tmp_path / "texts")
     with pytest.raises(records.DataError, match="split='test' is none of"):
         source(tmp_path, split="test")

@@ -92,7 +92,7 @@ def find(
     if not path.exists():
         raise records.DataError(f"{path}: no such folder or table")
     root = path if path.is_dir() else path.parent
-    names = folders.list_files(root, folders.IMAGES + folders.VIDEOS)
+    names = _pictures(root)
     groups, notes = _groups(names)
     file = table or (tables.find(root) if path.is_dir() else path)
     if not file:
@@ -177,6 +177,15 @@ def say(message: str) -> None:
 @functools.cache
 def _say(message: str) -> None:
     print(f"[own data] {message}", file=sys.stderr, flush=True)
+
+
+def _pictures(root: pathlib.Path) -> list[str]:
+    """Photos and videos; tables are not counted as left out."""
+    names = folders.list_files(root, (*folders.IMAGES, *folders.VIDEOS, *tables.SUFFIXES))
+    pictures = [name for name in names if not name.lower().endswith(tables.SUFFIXES)]
+    if not pictures:
+        raise records.DataError(f"{root}: holds {', '.join(names[:3])}, and no photo or video")
+    return pictures
 
 
 def _groups(names: Sequence[str]) -> tuple[list[str], list[str]]:
