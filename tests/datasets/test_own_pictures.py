@@ -2,11 +2,12 @@
 
 import pickle
 import shutil
+import unicodedata
 
 import pytest
 
 from tests.datasets import own_data
-from vlm_jax.data import records
+from vlm_jax.data import records, tables
 from vlm_jax.datasets import own_files, own_pictures
 
 
@@ -127,3 +128,10 @@ def test_what_is_missing_is_said(tmp_path):
         source(tmp_path / "texts")
     with pytest.raises(records.DataError, match="split='test' is none of"):
         source(tmp_path, split="test")
+
+
+def test_a_table_names_files_in_either_form_of_unicode(tmp_path):
+    composed, apart = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    table = tables.Table(tmp_path / "t.csv", [tables.Entry(f"{composed}.jpg", 2)], [], [])
+    matched, bad = own_files.match(table, [f"sub/{apart}.jpg", "b.jpg"])
+    assert list(matched) == [f"sub/{apart}.jpg"] and not bad

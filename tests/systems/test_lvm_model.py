@@ -137,6 +137,16 @@ def test_pictures_of_every_kind_are_one_prompt(model, golden, tmp_path):
     np.testing.assert_array_equal(np.stack(several), np.stack([made, made]))
 
 
+def test_a_stream_of_prompts(model, golden):
+    images_u8 = list(golden["vq.images_u8"][:2])
+    prompts = [images_u8[:1], [images_u8[0], b"no image"], images_u8[1:], images_u8[:1]]
+    stream = model.continue_stream(iter(prompts), batch_size=2, on_error="yield", temperature=0.0)
+    first, error, *rest = stream
+    assert isinstance(error, images.ImageError)
+    expected = model.continue_([prompts[i] for i in (0, 2, 3)], temperature=0.0)
+    np.testing.assert_array_equal([first, *rest], expected)
+
+
 def test_what_does_not_fit_is_said_and_whole_pairs_go(parts, golden):
     model = lvm.Lvm(*parts, context_images=4)
     assert [model.dropped(n) for n in (1, 3, 4, 9)] == [0, 0, 1, 6]

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import unicodedata
 
 import pytest
 
@@ -37,6 +38,18 @@ def test_single(tmp_path):
     plan = make("single", root, epochs=2)
     assert plan.count == 6 and plan.images == 1 and plan.files == 3
     assert [names(plan, n, root)[0] for n in range(4)] == ["a.jpg", "b/1.jpg", "b/2.jpg", "a.jpg"]
+
+
+def test_names_in_any_encoding(tmp_path):
+    composed, apart = (unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD"))
+    odd = os.fsdecode(b"\xff.png")
+    root = fill(tmp_path / "photos", apart, odd)
+    assert make("single", root).files == 2
+    things = [{"image": composed, "objects": [{"label": 1, "box": [0, 0, 2, 2]}]},
+              {"image": odd, "objects": [{"label": 2, "box": [0, 0, 2, 2]}]}]  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(things))
+    plan = make("pairs", root, images=4, annotations=(f"{tmp_path / 'a.json'}:boxes",))
+    assert {picture.drawn[1] for picture in plan.draw(0) if picture.drawn} == {composed, odd}
 
 
 def test_frame_folders(tmp_path):

@@ -65,9 +65,9 @@ def as_image(value: Any, *, name: str = "", reach: str = "web") -> np.ndarray:
     return _from_array(array, name)
 
 
-def as_images(values: Iterable[Any]) -> list[np.ndarray]:
+def as_images(values: Iterable[Any], *, reach: str = "web") -> list[np.ndarray]:
     """`as_image` of each; messages number them from 0."""
-    return [as_image(value, name=f"picture {number}") for number, value in enumerate(values)]
+    return [as_image(x, name=f"picture {i}", reach=reach) for i, x in enumerate(values)]
 
 
 def of_record(record: Mapping[str, Any]) -> np.ndarray:

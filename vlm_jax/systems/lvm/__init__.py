@@ -3,9 +3,10 @@
 images ── VQGAN ── ids ── visual sentences ── LLaMA ── ids ── VQGAN ── images
 """
 
+from vlm_jax.systems.lvm.checkpoint import from_run, from_upstream
 from vlm_jax.systems.lvm.format import make_formatter
 from vlm_jax.systems.lvm.input_files import prepare
-from vlm_jax.systems.lvm.model import Lvm, from_run, from_upstream
+from vlm_jax.systems.lvm.model import Lvm
 from vlm_jax.systems.lvm.task import LvmTask
 from vlm_jax.systems.lvm.upstream import load_upstream, make_task
 

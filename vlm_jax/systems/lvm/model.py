@@ -12,15 +12,16 @@ those of the reference: temperature 1 and, through a default of the library that
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from vlm_jax import image_tokenizer
-from vlm_jax.data import images
+from vlm_jax.data import images, streaming
 from vlm_jax.decoding import generate, sampling
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
@@ -108,6 +109,39 @@ class Lvm:
         made = self.tokenizer.decode_u8(ids.reshape(-1, size))
         made = made.reshape(len(prompts), candidates, n, side, side, 3)
         return made[0] if single else list(made)
+
+    def continue_stream(
+        self,
+        prompts: Iterable[Any],
+        n: int = 1,
+        *,
+        batch_size: int = 16,
+        on_error: str = "raise",
+        seed: int = 0,
+        **options: Any,
+    ) -> Iterator[Any]:
+        """`continue_` of any number of prompts, in their order, with few of them in memory.
+
+        Args:
+          prompts: lists of images, as `continue_` takes them; may have no end.
+          n, options: of `continue_`. Batch i draws with the seed `seed + i`.
+          batch_size: prompts that run together.
+          on_error: what becomes of a prompt that cannot be used: "raise", or "yield" the error.
+
+        Yields:
+          uint8[candidates, n, side, side, 3] of each prompt, or an ImageError.
+        """
+        seeds, side = itertools.count(seed), self.tokenizer.side
+
+        def read(prompt):  # reduced at once: photos are large
+            fitting = self._fitting(list(prompt))
+            return [images.resize(images.as_image(image), side) for image in fitting]
+
+        def run(batch):
+            return self.continue_(batch, n, seed=next(seeds), **options)
+
+        ready = streaming.prepared(prompts, read, ahead=2 * batch_size)
+        return streaming.apply(ready, run, batch_size, on_error=on_error)
 
     def analogy(self, pairs: Any, query: Any, **options: Any) -> Any:
         """The image that stands to `query` as the second of each pair stands to the first.
@@ -284,96 +318,6 @@ class Lvm:
         """int32[images, tokens_per_image] per prompt; all images are encoded together."""
         ids = self.tokenizer.encode_u8([image for prompt in prompts for image in prompt])
         return np.split(ids, np.cumsum([len(prompt) for prompt in prompts])[:-1])
-
-
-def from_run(
-    task: Any,
-    formatter: Any,
-    params: Any,
-    *,
-    tokenizer: str = "",
-    context_images: int = 0,
-    dtype: str = "",
-) -> Lvm:
-    """An Lvm from a run of our own; `vlm_jax.load` calls it.
-
-    Args:
-      task, formatter: as the run was configured.
-      params: of its newest good checkpoint.
-      tokenizer: "tiny" or a folder; "" takes what the run was configured with.
-      context_images: images that a sequence holds; 0 takes what the run was trained with.
-      dtype: compute dtype; "" is bfloat16 on an accelerator, float32 on a CPU.
-
-    Raises:
-      ValueError: no tokenizer is known, or it does not fit the language model.
-    """
-    name = tokenizer or task.tokenizer
-    if not name:
-        raise ValueError("the run names no tokenizer; give tokenizer=FOLDER")
-    vqgan = image_tokenizer.ImageTokenizer.load(
-        name,
-        side=task.image_side,
-        codebook_size=task.codebook_size,
-        tokens_per_image=task.tokens_per_image,
-    )
-    return Lvm(
-        dataclasses.replace(task.cfg, dtype=dtype or _default_dtype()),
-        params,
-        vqgan,
-        context_images=context_images or task.context_images + 1,
-        # What a row begins with: BOS, in the usual field list.
-        lead_ids=formatter.encode({"tokens": b""})[0][: task.lead_tokens],
-    )
-
-
-def from_upstream(
-    checkpoint: str,
-    *,
-    tokenizer: str = "",
-    context_images: int = 16,
-    dtype: str = "",
-    preset: str = "",
-) -> Lvm:
-    """An Lvm from released weights; `vlm_jax.load` calls it.
-
-    Args:
-      checkpoint: anything `weights.readers.read` takes: a folder of safetensors shards,
-        `params::FILE`, ...
-      tokenizer: folder with the VQGAN: config.json and pytorch_model.bin or .safetensors.
-      context_images, dtype: as in `from_run`.
-      preset: sizes of weights that come without a config.json, for example "lvm_7b".
-
-    Raises:
-      FileNotFoundError, ConversionError: the weights cannot be read.
-      ValueError: no tokenizer is given, or it does not fit the language model.
-    """
-    from vlm_jax.weights import llama as llama_weights
-    from vlm_jax.weights import readers
-
-    tensors = readers.read(checkpoint)
-    if not tokenizer:
-        raise ValueError(
-            f"{checkpoint} holds no tokenizer; give tokenizer=FOLDER with the released VQGAN "
-            f"(config.json and pytorch_model.bin or .safetensors)"
-        )
-    if preset and preset not in llama.PRESETS:
-        raise ValueError(f"no preset {preset!r}; there are {', '.join(llama.PRESETS)}")
-    num_codes = image_tokenizer.checked_config(tokenizer).num_embeddings
-    cfg = llama.PRESETS[preset] if preset else llama_weights.config_of(tensors, checkpoint)
-    if num_codes > cfg.vocab_size:
-        raise ValueError(
-            f"tokenizer {tokenizer!r} has {num_codes} codes, the language model "
-            f"only {cfg.vocab_size} ids; give the tokenizer that it was trained with"
-        )
-    vqgan = image_tokenizer.ImageTokenizer.load(tokenizer)
-    dtype = dtype or _default_dtype()
-    # Stored as computed: 7B in float32 would take 26 GB for nothing.
-    cfg, params = llama_weights.load(checkpoint, cfg, dtype=dtype, param_dtype=dtype)
-    return Lvm(cfg, params, vqgan, context_images=context_images)
-
-
-def _default_dtype() -> str:
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def _as_prompts(frames: Any) -> tuple[list[list[Any]], bool]:

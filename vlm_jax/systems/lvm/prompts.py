@@ -66,7 +66,7 @@ class Formatter:
                 flat = isinstance(given, np.ndarray) and not given.ndim
                 if flat or not isinstance(given, list | tuple | np.ndarray):
                     raise records.BadRecordError(f"{key} is {given!r:.60}, not a list of pictures")
-                pictures = images.as_images(given)
+                pictures = images.as_images(given, reach="files")
                 if not self.side:
                     raise records.DataError("pictures need task.tokenizer; 'tiny' or a folder")
                 small = [images.resize(picture, self.side) for picture in pictures]
