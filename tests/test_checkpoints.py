@@ -384,6 +384,19 @@ def test_a_disk_that_fills_up_while_saving_reaches_the_loop(tmp_path, monkeypatc
         assert checkpoints.Checkpointer(tmp_path).latest_good() == 3
 
 
+def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path / "config.json")
+    commit_marker.write_durably(path, "old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device: '.*config.json'"):
+        commit_marker.write_durably(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["config.json"]
+
+
 @pytest.mark.parametrize("looks_roomy", [False, True])
 def test_a_really_full_disk(small_disk, monkeypatch, capfd, looks_roomy):
     noise = np.random.default_rng(0).standard_normal(3 << 18).astype(np.float32)  # 3 MiB

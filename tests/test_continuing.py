@@ -11,7 +11,17 @@ import pytest
 
 import vlm_jax
 from tests import tiny_system
-from vlm_jax import checkpoints, main, optim, resume, run, scores, train
+from vlm_jax import (
+    checkpoints,
+    commit_marker,
+    main,
+    metric_writer,
+    optim,
+    resume,
+    run,
+    scores,
+    train,
+)
 from vlm_jax import config as config_lib
 
 # ---- what a change of the recipe means ----------------------------------------------------------
@@ -446,6 +456,46 @@ def test_an_evaluation_that_fails_costs_no_training(numbers, tmp_path, failing, 
     assert mended == ([4, 8, 10] if choice == "stop" else [10])
     before = tree(tmp_path)
     assert run.run(c, tmp_path) == {} and tree(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_the_program_ends_with_status_1_and_no_trace(numbers, tmp_path, failing, capsys):
+    data = {"mixture": {"lines": {"type": "jsonl", "path": str(numbers)}}}
+    evals = {"late": {"type": "perplexity", "predict": "score", "data": data}}
+    arguments = [
+        f"--config={tiny_system.__file__}", f"--workdir={tmp_path / 'run'}",
+        f"--config.data.mixture.lines.path={numbers}", f"--config.evals={evals}",
+        "--config.mesh={'data': 8, 'fsdp': 1, 'tensor': 1}", "--config.train.steps=2",
+    ]  # fmt: skip
+    for mode in ("train", "evaluate"):
+        with pytest.raises(SystemExit) as stopped:
+            main.main(["main", *arguments, f"--mode={mode}"])
+        said = capsys.readouterr().err
+        assert stopped.value.code == 1 and "Traceback" not in said
+        assert "the evaluation 'late' failed: ZeroDivisionError" in said
+
+
+@pytest.mark.slow
+def test_metrics_reach_the_disk_before_the_marker(numbers, tmp_path, monkeypatch):
+    events = []
+    sync, commit = metric_writer.MetricWriter.sync, commit_marker.commit
+
+    def synced(writer):
+        sync(writer)
+        events.append(("metrics", tiny_system.metrics(tmp_path)[-1]["step"]))
+
+    def committed(folder):
+        events.append(("marker", int(folder.name)))
+        commit(folder)
+
+    monkeypatch.setattr(metric_writer.MetricWriter, "sync", synced)
+    monkeypatch.setattr(commit_marker, "commit", committed)
+    c = recipe(numbers)
+    c.evals = {}
+    run.run(c, tmp_path)
+    assert sorted(events) == [("marker", 5), ("marker", 10), ("metrics", 5), ("metrics", 10)]
+    for step in (5, 10):
+        assert events.index(("metrics", step)) < events.index(("marker", step))
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ here knows what the files are; see checkpoints.py.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -64,11 +65,16 @@ def write_durably(path: epath.Path, text: str) -> None:
         path.write_text(text)  # objects in a bucket appear whole
         return
     temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk; Python does not say which file
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,6 +6,7 @@ so no step is told twice and the file reads as if the run had never stopped. Lin
 ours stay where they are and are passed over. Only process 0 writes.
 """
 
+import contextlib
 import json
 import math
 import numbers
@@ -70,11 +71,9 @@ class MetricWriter:
             name: value if value is None or math.isfinite(value) else None
             for name, value in scalars.items()
         }
-        try:
+        with self._naming_the_file():
             self._file.write(json.dumps({"step": int(step), **finite}) + "\n")
             self._file.flush()
-        except OSError as error:  # a full disk; Python does not say which file
-            raise OSError(error.errno, error.strerror, self._file.name) from error
         if self._events:
             for name, value in scalars.items():
                 self._events.add_scalar(name, value, int(step))
@@ -85,7 +84,15 @@ class MetricWriter:
     def sync(self) -> None:
         """Returns when all lines have reached the disk, not only the operating system."""
         if self._file:
-            os.fsync(self._file.fileno())
+            with self._naming_the_file():
+                os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def _naming_the_file(self):
+        try:
+            yield
+        except OSError as error:  # a full disk; Python does not say which file
+            raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def close(self) -> None:
         """Closes the files. May be called twice."""
