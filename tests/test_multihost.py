@@ -56,6 +56,37 @@ def test_one_process_two_and_one_again(numbers, alone, tmp_path):
     _assert_close(tiny_system.metrics(tmp_path), alone)
 
 
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_other_and_the_rest_resumes(numbers, alone, tmp_path, killed):
+    pair = tiny_system.start_pair(tmp_path, numbers, _steps(30), "--config.formatter.sleep_s=0.05")
+    pair[0].wait_until((tmp_path / "checkpoints" / "5" / "COMMIT.json").exists)
+    pair[killed].stop(signal.SIGKILL)
+    other = pair[1 - killed]
+    assert other.finish(60.0) == 3, other.said()
+    assert f"error: process {killed} (host" in other.said() and "killed" in other.said()
+    assert "Traceback" not in other.said() and "stack trace" not in other.said()
+    pair[killed].finish()
+    assert "resuming from step" in tiny_system.train(tmp_path, numbers, _steps(30))
+    _assert_close(tiny_system.metrics(tmp_path), alone)
+
+
+def test_an_error_of_one_process_ends_the_other_before_the_first_update(numbers, tmp_path):
+    pair = tiny_system.start_pair(tmp_path, [numbers, tmp_path / "absent.jsonl"], _steps(30))
+    assert [run.finish(120.0) for run in pair] == [3, 2], "\n".join(run.said() for run in pair)
+    assert "error: process 1 (host" in pair[0].said()
+    for run in pair:
+        assert "absent.jsonl" in run.said() and "Traceback" not in run.said()
+
+
+def test_one_that_never_comes(numbers, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_JAX_JOIN_TIMEOUT_S", "5")
+    first, second = tiny_system.start_pair(tmp_path, numbers, _steps(30))
+    second.stop(signal.SIGKILL)
+    assert first.finish(60.0) == 2, first.said()
+    assert "process 1" in first.said() and "Traceback" not in first.said()
+    assert not (tmp_path / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("told", [0, 1])
 def test_sigterm_to_either_process_saves_once_and_ends_both(numbers, alone, tmp_path, told):
     pair = tiny_system.start_pair(tmp_path, numbers, _steps(30), "--config.formatter.sleep_s=0.05")

@@ -205,12 +205,13 @@ def train(workdir, numbers, *overrides, devices=1):
 
 
 def start_pair(workdir, numbers, *overrides):
-    """Two processes of one device each, joined on this machine."""
+    """Two processes of one device each, joined on this machine; `numbers` may be one for each."""
+    each = numbers if isinstance(numbers, list) else [numbers, numbers]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     return [
-        Run(workdir, numbers, *overrides, process=(coordinator, 2, index)) for index in range(2)
+        Run(workdir, each[index], *overrides, process=(coordinator, 2, index)) for index in range(2)
     ]
 
 

@@ -58,9 +58,9 @@ def require_devices() -> None:
     """
     try:
         jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter when the list ends up empty
         asked = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
-        cause = str(error).splitlines()[0]
+        cause = (str(error).splitlines() or ["there is none of that kind"])[0]
         raise config_lib.ConfigError(
             f"jax finds no device: JAX_PLATFORMS={asked!r}: {cause}. Unset JAX_PLATFORMS to use "
             "what is there, set it to 'cpu', or install the jax of the device (pip install "

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from vlm_jax import commit_marker, step_folders
+from vlm_jax import commit_marker, hardware, step_folders
 from vlm_jax import config as config_lib
 from vlm_jax import task as task_lib
 from vlm_jax.weights import convert, readers, shipped
@@ -33,9 +33,10 @@ def load(system: str, checkpoint: str, *, averaged: bool = True, **fields: Any) 
 
     Raises:
       FileNotFoundError: there is nothing at `checkpoint`.
-      ValueError: unknown system, or the run belongs to another system.
+      ValueError: unknown system, or the run belongs to another system; no device to run on.
       CheckpointError, ConversionError: the weights are damaged or do not fit.
     """
+    hardware.require_devices()
     module = task_lib.resolve(system, "systems")
     path = pathlib.Path(shipped.folder_of(system, checkpoint)).expanduser()
     if config := _config_of_export(path):
