@@ -47,6 +47,7 @@ PROGRAM = {
     "scores",
     "metric_writer",
     "progress",
+    "compilation_cache",
     "console",
     "curves",
     "describe",

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from vlm_jax import commit_marker, hardware, step_folders
+from vlm_jax import commit_marker, compilation_cache, hardware, step_folders
 from vlm_jax import config as config_lib
 from vlm_jax import task as task_lib
 from vlm_jax.weights import convert, readers, shipped
@@ -37,6 +37,7 @@ def load(system: str, checkpoint: str, *, averaged: bool = True, **fields: Any) 
       CheckpointError, ConversionError: the weights are damaged or do not fit.
     """
     hardware.require_devices()
+    compilation_cache.enable()
     module = task_lib.resolve(system, "systems")
     path = pathlib.Path(shipped.folder_of(system, checkpoint)).expanduser()
     if config := _config_of_export(path):
