@@ -1,9 +1,11 @@
+import json
 import os
 import unicodedata
 
 import pytest
 
 from vlm_jax.data import folders, records
+from vlm_jax.datasets import visual_prompts
 
 
 def fill(root, *names):
@@ -91,3 +93,14 @@ def test_two_forms_of_unicode_are_one_name(tmp_path):
         ("ez.jpg", "ez.png"), ("f.jpg", "f.png"), (f"{composed}.jpg", f"{apart}.png"),
     ]  # fmt: skip
     assert list(folders.by_class([f"{composed}/1.jpg", f"{apart}/2.jpg"])) == [composed]
+
+
+def test_listed_names_are_found_in_either_form(tmp_path):
+    composed, apart = (unicodedata.normalize(form, "é/é.jpg") for form in ("NFC", "NFD"))
+    for there, listed in ((composed, apart), (apart, composed)):
+        root = fill(tmp_path / str(there == apart), there)
+        assert folders.on_disk(root, listed) == str(root / there)
+    assert folders.on_disk(tmp_path, "gone.jpg") == str(tmp_path / "gone.jpg")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"input": [f"True/{composed}"]}))
+    assert len(visual_prompts.VisualPrompts(prompts)) == 1

@@ -192,3 +192,10 @@ def test_grid_places_images_and_labels():
     )
     assert labelled.shape[0] > 64 + 13 and labelled.shape[1] > 2 * 64 + 20
     assert (labelled[:14] < 128).any()  # ink above the columns
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_palette_with_transparency_is_read_quietly():
+    palette = Image.fromarray(gradient()).convert("P")
+    plain, see_through = encoded(palette), encoded(palette, transparency=bytes(range(256)))
+    np.testing.assert_array_equal(images.decode(see_through), images.decode(plain))

@@ -81,6 +81,16 @@ def canonical(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def on_disk(folder: str | os.PathLike, name: str) -> str:
+    """The path of a listed name, or of a file called the same in the other form of Unicode.
+
+    Lists are written on one system and read on another.
+    """
+    forms = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
+    paths = [os.path.join(folder, form) for form in forms]
+    return next(filter(os.path.lexists, paths), paths[0])
+
+
 def natural(path: str) -> tuple:
     """Sorts folder by folder, numbers by their value."""
     parts = [

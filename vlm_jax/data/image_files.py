@@ -203,6 +203,8 @@ def _rgb(image: Image.Image, name: str) -> np.ndarray:
         image = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
     if image.mode in ("La", "RGBa"):  # Pillow undoes premultiplied alpha in a step of its own
         image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if image.mode == "P" and "transparency" in image.info:  # else it warns
+        image = image.convert("RGBA")
     return np.asarray(image.convert("RGB"))
 
 

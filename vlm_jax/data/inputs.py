@@ -48,7 +48,7 @@ def _of(value: str, suffixes: Sequence[str], stdin: BinaryIO | None) -> list[str
             listed = _lines(file.read_bytes())
         except OSError as error:
             raise records.DataError(f"{value}: cannot read: {error.strerror}") from error
-        return [name if web.is_url(name) else str(file.parent / name) for name in listed]
+        return [name if web.is_url(name) else folders.on_disk(file.parent, name) for name in listed]
     if os.path.isdir(path):
         return [os.path.join(path, name) for name in folders.list_files(path, suffixes)]
     if web.is_url(value) or os.path.lexists(path) or not glob.has_magic(path):

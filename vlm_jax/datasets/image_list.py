@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data import image_files, records, shard_files, sidecar, sources
+from vlm_jax.data import folders, image_files, records, shard_files, sidecar, sources
 
 _SEPARATOR = b" : "
 _MAX_LINE = 2**16  # bytes
@@ -51,7 +51,8 @@ class ImageList:
 
     def __getitem__(self, index: int) -> records.Record:
         name, names = self._line(index)
-        content = shard_files.read_bytes(self._root / name, image_files.MAX_BYTES)
+        path = folders.on_disk(self._root, name)
+        content = shard_files.read_bytes(path, image_files.MAX_BYTES)
         return {"image": content, "class_names": names, "id": self.record_id(index)}
 
     def record_id(self, index: int) -> str:

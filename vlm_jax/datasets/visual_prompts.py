@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import pathlib
 
-from vlm_jax.data import images, records, shard_files, tiling
+from vlm_jax.data import folders, images, records, shard_files, tiling
 
 _MAX_BYTES = 2**30
 
@@ -76,7 +76,7 @@ class VisualPrompts:
         return max((len(line[key]) for _, line in self._lines), default=0)
 
     def _file(self, name: str) -> pathlib.Path:
-        return self._path.parent / os.path.expanduser(name)
+        return pathlib.Path(folders.on_disk(self._path.parent, os.path.expanduser(name)))
 
     def _check_names(self) -> None:
         seen: dict[str, int] = {}

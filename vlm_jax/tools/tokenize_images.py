@@ -163,10 +163,11 @@ def _tokenize(args: argparse.Namespace) -> list[str]:
 
 def _tokens(args: argparse.Namespace) -> list[str]:
     """The files to preview."""
-    pattern = args.tokens or os.path.join(args.out, "*.array_record")
-    found = sorted(glob.glob(os.path.expanduser(pattern)))
+    folder = glob.escape(os.path.expanduser(args.out))
+    pattern = os.path.expanduser(args.tokens) or os.path.join(folder, "*.array_record")
+    found = sorted(glob.glob(pattern))
     if not found and args.out and not args.tokens:
-        found = sorted(glob.glob(os.path.join(os.path.expanduser(args.out), "*.jsonl")))
+        found = sorted(glob.glob(os.path.join(folder, "*.jsonl")))
     if not found:
         raise ValueError(f"no token files to preview: {pattern} (--tokens, or --out)")
     return found
