@@ -18,7 +18,7 @@ from vlm_jax.models import llama as llama_model
 from vlm_jax.nn import functional
 from vlm_jax.systems import nxtp
 from vlm_jax.systems.nxtp import network, upstream, vocabulary
-from vlm_jax.weights import convert, export, llama
+from vlm_jax.weights import convert, errors, export, llama
 from vlm_jax.weights import nxtp as weights
 
 MODEL = dict(vision=dict(preset="tiny"), decoder=dict(preset="tiny"))
@@ -181,7 +181,7 @@ def test_starting_points():
 
 
 def test_decoder_starts_from_a_language_model(tmp_path, task):
-    base = llama_model.LlamaConfig(64, 32, 3, 64, 2)
+    base = llama_model.LlamaConfig(64, 32, 3, 64, 2, rms_eps=1e-5)
     rng = np.random.default_rng(0)
     full = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype),
                         llama.abstract_params(base))  # fmt: skip
@@ -191,6 +191,11 @@ def test_decoder_starts_from_a_language_model(tmp_path, task):
     assert jax.tree.map(np.shape, made["decoder"]) == jax.tree.map(np.shape, abstract["decoder"])
     norm = made["decoder"]["layers"]["attn_norm"]["scale"]
     np.testing.assert_array_equal(norm, full["layers"]["attn_norm"]["scale"][:2])
+    other = nxtp.make_task(
+        MODEL | dict(decoder=dict(preset="tiny", rope_theta=5e5)), delimiter_id=5
+    )
+    with pytest.raises(errors.WeightsError, match="Set model.decoder.rope_theta=10000.0"):
+        nxtp.load_upstream(f"llama={tmp_path}", other)
 
 
 def test_evaluations_of_the_recipes_are_ready(tmp_path):

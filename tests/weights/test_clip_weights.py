@@ -1,5 +1,6 @@
 """CLIP: both towers against transformers, and every layout there and back."""
 
+import dataclasses
 import json
 import zipfile
 
@@ -65,6 +66,16 @@ def test_towers_equal_transformers(reference):
     np.testing.assert_allclose(image_embeds, out.image_embeds, **close)
     for mine, theirs in zip(tokens, (hidden[0], hidden[1], hidden[-2], hidden[-1])):
         np.testing.assert_allclose(mine, theirs, atol=3e-5)
+
+
+def test_a_tower_of_another_activation_is_refused(reference):
+    folder, *_ = reference
+    cfg, tensors = clip.load_vision(folder)[0], clip.read(folder)
+    clip.require_stated(tensors, folder, cfg, "model.vision")
+    other = {"gelu": "quick_gelu", "quick_gelu": "gelu"}[cfg.activation]
+    with pytest.raises(errors.WeightsError, match=f"Set model.vision.activation={cfg.activation}"):
+        wrong = dataclasses.replace(cfg, activation=other)
+        clip.require_stated(tensors, folder, wrong, "model.vision")
 
 
 def test_one_tower_at_a_time(reference):

@@ -5,6 +5,7 @@ A checkpoint is input from outside: a few bytes of it can claim any size, place 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import io
 import json
@@ -111,8 +112,8 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} comes twice")
+        counts = collections.Counter(name for name, _ in pairs)
+        raise ValueError(f"{counts.most_common(1)[0][0]!r} comes twice")
     return found
 
 

@@ -390,6 +390,27 @@ def _depth(tensors: convert.Tensors, first: str) -> int:
     return sum(re.fullmatch(pattern, name) is not None for name in tensors)
 
 
+def require_stated(
+    tensors: convert.Tensors, path: str | os.PathLike, cfg: clip.VisionConfig, section: str
+) -> None:
+    """Refuses an image tower whose config.json says another activation, heads, MLP or epsilon.
+
+    Args: as of `weights.llama.require_stated`.
+
+    Raises:
+      WeightsError: see above.
+    """
+    found = _behaviour(tensors, path, "vision_config")
+    model = dict(num_heads=cfg.heads, mlp_width=cfg.hidden, activation=cfg.activation,
+                 norm_eps=cfg.norm_eps)  # fmt: skip
+    for name, value in found.items():
+        if name in model and value != model[name]:
+            raise errors.WeightsError(
+                f"{path} was trained with {name}={value!r}, the model has {model[name]!r}: the "
+                f"same weights would compute another function. Set {section}.{name}={value}"
+            )
+
+
 def _behaviour(tensors: convert.Tensors, path: str | os.PathLike, section: str) -> dict[str, Any]:
     """What shapes do not tell: OpenAI's choices, or a Hugging Face file's config.json."""
     file = readers.folder_of(path) / "config.json" if path else None

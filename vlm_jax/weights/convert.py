@@ -30,6 +30,7 @@ from vlm_jax.weights import errors
 
 Tensors = Mapping[str, np.ndarray]
 _MAX_SHOWN = 40
+_MAX_NAME, _MAX_COMPARED = 200, 2000  # of names that may be meant
 
 
 class ConversionError(errors.WeightsError):
@@ -259,8 +260,13 @@ def _all_finite(x: np.ndarray) -> bool:
 
 
 def _nearest(name: str, candidates: Iterable[str], shown: int) -> str:
-    """A hint; only for the errors that are shown, since the comparison is quadratic."""
-    close = difflib.get_close_matches(name, list(candidates), 2) if shown < _MAX_SHOWN else []
+    """A hint; only for errors that are shown and names of usual size: the comparison is slow."""
+    usual = [other for other in candidates if len(other) < _MAX_NAME][:_MAX_COMPARED]
+    close = (
+        difflib.get_close_matches(name, usual, 2)
+        if shown < _MAX_SHOWN and len(name) < _MAX_NAME
+        else []
+    )
     return f" (nearest: {', '.join(close)})" if close else ""
 
 

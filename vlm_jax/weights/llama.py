@@ -391,6 +391,11 @@ def config_of(tensors: convert.Tensors, path: str | os.PathLike) -> llama.LlamaC
 
 
 def _config_of(tensors, path, layout: str) -> llama.LlamaConfig:
+    return _stated_config(tensors, path, layout) or config_from_shapes(tensors)
+
+
+def _stated_config(tensors, path, layout: str) -> llama.LlamaConfig | None:
+    """What GGUF metadata or a JSON file beside the weights say; None without either."""
     if layout == "gguf":
         try:
             return config_from_gguf(tensors.metadata, tied="output.weight" not in tensors)
@@ -405,7 +410,40 @@ def _config_of(tensors, path, layout: str) -> llama.LlamaConfig:
         rows = len(tensors["tok_embeddings.weight"])
         from_meta_file = functools.partial(config_from_meta, vocab_size=rows)
         return readers.read_config(folder / "params.json", llama.LlamaConfig, from_meta_file)
-    return config_from_shapes(tensors)
+    return None
+
+
+# What shapes do not tell: with another value the same weights compute another function. Field of
+# the config -> the property that resolves it.
+_STATED = {"num_heads": "num_heads", "num_kv_heads": "kv_heads", "head_width": "head_size",
+           "rope_theta": "rope_theta", "rms_eps": "rms_eps"}  # fmt: skip
+
+
+def require_stated(
+    tensors: convert.Tensors, path: str | os.PathLike, cfg: llama.LlamaConfig, section: str
+) -> None:
+    """Refuses weights for a model whose config is not the one that lies beside them.
+
+    Args:
+      tensors, path: of the checkpoint; without a config nothing is compared.
+      cfg: of the model.
+      section: of the recipe that sets it.
+
+    Raises:
+      WeightsError: a field differs, or the file's own config is not supported.
+    """
+    layout, file = layout_of(tensors), readers.folder_of(path) / "config.json"
+    known = {"system", "num_attention_heads"}
+    if layout != "gguf" and file.exists() and not known & set(bounds.read_json(file)):
+        return  # another network's, that lies there too
+    found = _stated_config(tensors, path, layout)
+    for field, name in _STATED.items() if found else ():
+        theirs, ours = getattr(found, name), getattr(cfg, name)
+        if theirs != ours:
+            raise errors.WeightsError(
+                f"{path} was trained with {field}={theirs}, the model has {ours}: the same weights "
+                f"would compute another function. Set {section}.{field}={theirs}"
+            )
 
 
 def config_from_hf(fields: Mapping[str, Any]) -> llama.LlamaConfig:

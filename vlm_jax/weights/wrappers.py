@@ -83,11 +83,11 @@ def _multiplied(tensors: lazy.Tensors) -> lazy.Tensors:
         scale = scale.astype(np.float32).reshape(-1, *(1,) * (weight.ndim - 1))
         return (weight.astype(np.float32) * scale).reshape(weight.shape)
 
-    loaders = {}
+    used, loaders = set(scales.values()), {}
     for name in tensors:
         match = _ACTIVATION.fullmatch(name)
         # Scales of activations are for computing in fp8, which we do not.
-        if name in scales.values() or (match and match[1] + "weight" in scales):
+        if name in used or (match and match[1] + "weight" in scales):
             continue
         loaders[name] = (
             (lambda name=name: load(name)) if name in scales else lazy.item(tensors, name)

@@ -21,9 +21,15 @@ def make_task(model: Mapping[str, Any], **task: Any) -> LvmTask:
 
 
 def load_upstream(path: str, task: LvmTask) -> dict[str, Any]:
-    """Released, converted or shipped ("tiny") weights as parameters; see `weights.llama.load`."""
-    from vlm_jax.weights import llama as llama_weights
-    from vlm_jax.weights import shipped
+    """Released, converted or shipped ("tiny") weights as parameters; see `weights.llama.load`.
 
-    _, params = llama_weights.load(shipped.folder_of("lvm", path), task.cfg)
+    Raises:
+      WeightsError: what cannot be used, or weights of a network that computes something else.
+    """
+    from vlm_jax.weights import llama as llama_weights
+    from vlm_jax.weights import readers, shipped
+
+    path = shipped.folder_of("lvm", path)
+    llama_weights.require_stated(readers.read(path), path, task.cfg, "model")
+    _, params = llama_weights.load(path, task.cfg)
     return params

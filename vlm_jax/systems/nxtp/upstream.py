@@ -51,7 +51,7 @@ def load_upstream(path: str, task: NxtpTask) -> dict[str, Any]:
     Raises:
       ConfigError, FileNotFoundError, WeightsError, ConversionError: what cannot be used.
     """
-    from vlm_jax.weights import clip, nxtp, readers
+    from vlm_jax.weights import clip, llama, nxtp, readers
 
     parts = parse(path)
     if "nxtp" in parts:
@@ -60,8 +60,11 @@ def load_upstream(path: str, task: NxtpTask) -> dict[str, Any]:
     params = {}
     if "clip" in parts:
         tensors = clip.read(parts["clip"])
+        clip.require_stated(tensors, parts["clip"], task.cfg.vision, "model.vision")
         params["vision"] = clip.vision_from_tensors(tensors, task.cfg.vision)
     if "llama" in parts:
-        tensors = readers.read(vocabulary.find(parts["llama"]))
+        file = vocabulary.find(parts["llama"])
+        tensors = readers.read(file)
+        llama.require_stated(tensors, file, task.cfg.decoder, "model.decoder")
         params["decoder"] = nxtp.decoder_from_llama(tensors, task.cfg.decoder)
     return params
