@@ -23,6 +23,7 @@ _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b
 _COSTLY = {"WEBP": 2, "AVIF": 2, "JPEG2000": 2}
 _STRIP = 2**20  # pixels converted at a time
 _ORIENTATION = 0x0112  # EXIF
+_PHOTOMETRIC, _YCBCR = 0x0106, 6  # TIFF
 
 
 class ImageError(records.BadRecordError):
@@ -96,6 +97,7 @@ def to_rgb(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> np.nd
     """
     _check_size(image, name, max_pixels)
     with _as_image_error(name):
+        _as_pillow_13(image)
         image.load()
         turn = image.getexif().get(_ORIENTATION, 1)
         if image.mode == "F":
@@ -179,6 +181,15 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         raise ImageError(
             f"{name}: {width}x{height} = {width * height} pixels is over the limit of {most}{kind}"
         )
+
+
+def _as_pillow_13(image: Image.Image) -> None:
+    """Lets earlier versions read plain TIFF files of YCbCr, which they take for RGB in 4 bytes."""
+    tiles = [tuple(tile) for tile in getattr(image, "tile", ())]
+    raw = tiles and all(codec == "raw" and args[0] == "RGBX" for codec, _, _, args in tiles)
+    if raw and image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _YCBCR:
+        image._mode = "YCbCr"
+        image.tile = [(*tile[:3], ("YCbCr", *tile[3][1:])) for tile in tiles]
 
 
 def _as_stored(upright: np.ndarray, turn: int) -> np.ndarray:
