@@ -50,7 +50,9 @@ def test_encode_decode_reconstruct(photos, run, tmp_path, capsys):
         for row, image_u8 in zip(kept, decoded):
             np.testing.assert_array_equal(images.decode(folder / row["file"]), image_u8)
         assert (folder / "grid.png").exists()
-    assert [row["file"] for row in kept] == ["a/1.png", "b/1.bmp.png", "b/1.png.png"]
+    assert [row["file"] for row in kept] == [
+        f"pictures/{name}.png" for name in ("a/1", "b/1.bmp", "b/1.png")
+    ]
     before = ids.read_bytes()
     run("--image", photos, f"--out={ids}")
     assert ids.read_bytes() == before and "3 were there" in capsys.readouterr().err

@@ -5,7 +5,7 @@
     --ids ids.jsonl --out=FOLDER         pictures of ids, lines as above
 
 --image takes files, URLs, folders, globs, @LIST (a path per line) and - (paths on standard input).
-Pictures go to FOLDER/NAME.png, FOLDER/pictures.jsonl says which is whose, and FOLDER/grid.png
+Pictures go to FOLDER/pictures/NAME.png, FOLDER/pictures.jsonl says whose, FOLDER/grid.png
 shows the first ones. The same command run again goes on where it stopped. What cannot be read is
 listed in OUT.failed and does not stop the rest; the exit status is 1 when there was no other.
 """
@@ -67,7 +67,7 @@ class _Job:
     def __init__(self, tokenizer, batch_size, folder, names, known):
         self._tokenizer, self._folder, self._known = tokenizer, folder, known
         self._options = {"batch_size": batch_size, "on_error": "yield"}
-        self._files = {name: f"{short}.png" for name, short in names.items()}
+        self._files = {name: f"pictures/{short}.png" for name, short in names.items()}
 
     def encode(self, names):
         """Ids of pictures."""
