@@ -1,6 +1,8 @@
 """Checkpoints as people have them: wrappers, dtypes, folders, and files that are something else."""
 
+import argparse
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -208,12 +210,16 @@ def test_files_of_training_say_what_was_taken(tmp_path):
     check(readers.read(tmp_path / "last.ckpt"))
 
 
-def test_objects_beside_the_tensors_are_named(tmp_path):
-    import argparse
-
-    torch.save({"model": STATE, "args": argparse.Namespace(lr=1)}, tmp_path / "a.pth")
-    with pytest.raises(errors.WeightsError, match="it asks for argparse.Namespace"):
-        readers.read(tmp_path / "a.pth")
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_training_scripts_keep_beside_the_tensors(tmp_path, legacy):
+    beside = {"args": argparse.Namespace(lr=1, name="x"), "best": np.float64(3.0),
+              "step": np.int32(7), "half": np.float16(1)}  # fmt: skip
+    file = tmp_path / "a.pth"
+    torch.save({"model": STATE, **beside}, file, _use_new_zipfile_serialization=not legacy)
+    check(readers.read(file))
+    torch.save({"model": STATE, "when": pathlib.PurePosixPath("x")}, file)
+    with pytest.raises(errors.WeightsError, match="it asks for pathlib.PurePosixPath"):
+        readers.read(file)
 
 
 @pytest.mark.parametrize("tensor", [

@@ -202,6 +202,10 @@ def test_tower_from_hugging_face(golden, tmp_path):
     released = released.renamed(lambda name: name.removeprefix("module."))
     made = nxtp.from_tensors(nxtp.over_clip(released, stored), abstract)
     jax.tree.map(np.testing.assert_array_equal, made, params)
+    (tmp_path / "config.json").write_text('{"vision_config": {"hidden_act": "gelu"}}')
+    other = lazy.Tensors(convert.revert(tree, clip.HF_RULES), str(tmp_path / "clip.safetensors"))
+    with pytest.raises(errors.WeightsError, match="trained with gelu; the reference's tower"):
+        nxtp.over_clip(released, other)
 
 
 def test_a_foreign_or_missing_tensor_is_named(golden):

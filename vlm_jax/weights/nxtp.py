@@ -97,9 +97,15 @@ def over_clip(tensors: convert.Tensors, clip_tensors: convert.Tensors) -> lazy.T
 
 def _as_openai(tensors: convert.Tensors) -> lazy.Tensors:
     """The image tower of another layout under OpenAI's names."""
-    cfg = clip.vision_config_of(tensors, getattr(tensors, "source", ""))
+    source = convert.source_of(tensors)
+    cfg = clip.vision_config_of(tensors, source)
+    if cfg.activation != "quick_gelu":
+        raise errors.WeightsError(
+            f"{source} was trained with {cfg.activation}; the reference's tower is OpenAI's, with "
+            "quick_gelu"
+        )
     params = {"vision": clip.vision_from_tensors(tensors, cfg)}
-    return lazy.Tensors(convert.revert(params, clip.OPENAI_RULES), convert.source_of(tensors))
+    return lazy.Tensors(convert.revert(params, clip.OPENAI_RULES), source)
 
 
 def from_tensors(

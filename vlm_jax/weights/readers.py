@@ -11,7 +11,7 @@
 
 Nothing is loaded before its name is asked for, so converting a large model needs the memory of one
 model. No file is ever unpickled: torch files go through `weights_only=True`, and a file that asks
-for more is refused. bfloat16 arrives as `ml_dtypes.bfloat16`.
+for more (`torch_file`) is refused. bfloat16 arrives as `ml_dtypes.bfloat16`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """State dicts of torch (.bin .pth .pt .ckpt), read through its restricted loader, and written.
 
-There is no other loader to fall back to: a file that asks for more than tensors is refused.
+There is no other loader to fall back to: a file that asks for more than tensors and what training
+scripts keep beside them (numpy's numbers, `argparse.Namespace`) is refused.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import pathlib
 import re
@@ -41,7 +43,8 @@ def read(file: pathlib.Path) -> lazy.Tensors:
     try:
         if is_zip:
             _check_archive(file)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+        with torch.serialization.safe_globals(_harmless()):
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # torch raises many kinds, all mean: not a plain file of tensors
         raise errors.WeightsError(
             f"{file}: refused: not a plain, complete file of tensors ({_reason(error)}). Nothing "
@@ -117,6 +120,14 @@ def _torch(file: pathlib.Path) -> Any:
             f"{file}: torch {torch.__version__} is unsafe here; 2.6 or newer needed"
         )
     return torch
+
+
+def _harmless() -> list[Any]:
+    """What the loader may make besides tensors: these keep values and do nothing."""
+    scalar = np.float64(0).__reduce__()[0]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # numpy 1, 2
+    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
+    return [argparse.Namespace, np.dtype, *kinds, *((scalar, name) for name in names)]
 
 
 def _check_archive(file: pathlib.Path) -> None:
