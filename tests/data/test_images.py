@@ -169,6 +169,14 @@ def test_a_small_file_of_a_large_picture_is_read_within_its_bound():
         images.decode(encoded(Image.new("RGB", (9, 9)), format="webp"), max_pixels=100)
 
 
+def test_an_icon_that_holds_a_larger_picture():
+    inside = png_of_size(11_000, 11_000)
+    icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 64, 64, 0, 0, 1, 32, len(inside), 22) + inside
+    with pytest.raises(images.ImageError, match="an icon of 11000x11000 pixels"):
+        images.decode(icon)
+    assert images.decode(encoded(Image.new("RGB", (64, 64)), format="ico")).shape == (64, 64, 3)
+
+
 def test_squares_and_crops():
     image = gradient(6, 8)
     np.testing.assert_array_equal(images.crop_square(image), image[:, 1:7])

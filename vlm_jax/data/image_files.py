@@ -6,7 +6,9 @@ import contextlib
 import functools
 import io
 import os
+import re
 import stat
+import struct
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -21,6 +23,7 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000"
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 # Decoders that hold several copies of a picture: their share of the pixels.
 _COSTLY = {"WEBP": 2, "AVIF": 2, "JPEG2000": 2}
+_MAX_ICON = 1024  # pixels along a side
 _STRIP = 2**20  # pixels converted at a time
 _ORIENTATION = 0x0112  # EXIF
 _PHOTOMETRIC, _YCBCR = 0x0106, 6  # TIFF
@@ -148,10 +151,22 @@ def _decode(content: bytes, name: str, max_pixels: int) -> np.ndarray:
     formats = _formats()
     if content[4:8] == b"ftyp" and content[8:12] in _HEIF_BRANDS:
         formats = (*formats, _heif(name))
+    if content[:4] == b"\0\0\1\0":
+        _check_icon(content, name)
     with _as_image_error(name):
         image = Image.open(io.BytesIO(content), formats=formats)
     with image:
         return to_rgb(image, name, max_pixels)
+
+
+def _check_icon(content: bytes, name: str) -> None:
+    """Pillow decodes an icon while it opens it; the PNG inside may be larger than it says."""
+    for header in re.finditer(rb"\x89PNG\r\n\x1a\n....IHDR(.{8})", content, re.DOTALL):
+        width, height = struct.unpack(">II", header[1])
+        if max(width, height) > _MAX_ICON:
+            raise ImageError(
+                f"{name}: an icon of {width}x{height} pixels; {_MAX_ICON} are the most"
+            )
 
 
 @functools.cache
