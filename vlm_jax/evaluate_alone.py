@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
+from etils import epath
 
 from vlm_jax import checkpoints, evaluate, resume, scores, starting_point, step_folders
 from vlm_jax import config as config_lib
@@ -63,7 +64,7 @@ def find(recipe: Any, workdir: pathlib.Path, given: Collection[str] | None) -> S
       ConfigError: there is neither.
       CheckpointError: the checkpoints that are there cannot be used.
     """
-    folder = step_folders.epath.Path(workdir) / "checkpoints"
+    folder = epath.Path(workdir) / "checkpoints"
     if step_folders.steps(folder):
         return Subject(checkpoints.find(workdir), {})
     named = {
