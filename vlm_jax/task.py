@@ -63,7 +63,7 @@ class OptionalTask(Protocol):
     def pretrained(self) -> Params:
         """Part of the parameters, read from disk: frozen networks that the loss needs.
 
-        Laid over the random ones of a fresh run, before `init.run` and `init.upstream`.
+        Fills in a fresh run what `init.run` and `init.upstream` have not.
         """
 
     def loss_at(
