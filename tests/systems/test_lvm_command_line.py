@@ -1,11 +1,15 @@
 """LVM's command line on a model that repeats its last image."""
 
+import json
+import types
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from vlm_jax import predict
 from vlm_jax.data import images
+from vlm_jax.systems.lvm import command_line
 from vlm_jax.systems.lvm import model as model_lib
 
 
@@ -52,6 +56,36 @@ def test_what_is_not_used_is_said(run, tmp_path, capsys):
     run("--pair", *paths[:2], "--pair", *paths[2:4], f"--query={paths[4]}")
     assert [int(image[0, 0, 0]) for image in run.model.prompts[1]] == [18, 27, 36]
     assert images.decode(out / "candidate_0_frame_0.png").shape == (16, 16, 3)
+
+
+def test_a_batch_file_goes_on_where_it_stopped(run, tmp_path, monkeypatch, capsys):
+    paths = photos(tmp_path, 5)
+    monkeypatch.setattr(command_line, "_CHUNK", 2)
+    run.model.tokenizer = types.SimpleNamespace(side=16)
+    lines = [{"input": [path.name], "output": f"{i}.png", "target": [paths[0].name]}
+             for i, path in enumerate(paths)]  # fmt: skip
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+
+    def once(prompts, *arguments, **options):
+        if len(run.model.prompts) == 1:
+            raise KeyboardInterrupt
+        run.model.prompts.append(len(prompts))
+        return [np.tile(images.resize(p[-1], 16), (4, 1, 1, 1, 1)) for p in prompts]
+
+    monkeypatch.setattr(run.model, "continue_", once)
+    with pytest.raises(SystemExit) as stopped:
+        run(f"--jsonl={file}")
+    assert stopped.value.code == 130
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.glob("*.png")) == ["0.png", "1.png"]
+    run.model.prompts.append(0)
+    run(f"--jsonl={file}")
+    assert run.model.prompts == [2, 0, 2, 1]
+    said = capsys.readouterr().out
+    assert "2 of 5 lines are there from last time" in said and "wrote 5 pictures" in said
+    assert "over 5 lines" in said
+    assert sorted(path.name for path in out.iterdir()) == [f"{i}.png" for i in range(5)]
 
 
 def test_videos_are_prompts(run, tmp_path, capsys):

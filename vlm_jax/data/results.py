@@ -31,13 +31,19 @@ class Results:
       path: ends with .jsonl, or .csv where `columns` are given.
       settings: JSON-like; everything that the results depend on besides the inputs.
       columns: of a .csv, "id" first; () when the results are not flat.
+      start_anew: a file that other settings made is emptied, and is no error.
 
     Raises:
       DataError: another suffix; a file that other settings, or something else, made.
     """
 
     def __init__(
-        self, path: str | os.PathLike, settings: Mapping[str, Any], columns: Sequence[str] = ()
+        self,
+        path: str | os.PathLike,
+        settings: Mapping[str, Any],
+        columns: Sequence[str] = (),
+        *,
+        start_anew: bool = False,
     ):
         self.path = pathlib.Path(path)
         self._columns = tuple(columns)
@@ -45,6 +51,7 @@ class Results:
         if self.path.suffix.lower() not in kinds:
             raise records.DataError(f"{path}: --out ends with {' or '.join(kinds)}, or is a folder")
         self._state = self.path.with_name(self.path.name + ".state")
+        self._start_anew = start_anew
         self._settings = json.loads(json.dumps(settings))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._cut(self._complete())
@@ -75,6 +82,8 @@ class Results:
             for key in sorted({*before, *self._settings})
             if before.get(key) != self._settings.get(key)
         ]
+        if changed and self._start_anew:
+            return 0
         if changed:
             raise records.DataError(
                 f"{self.path} was made with other settings: {'; '.join(changed)}; give another "

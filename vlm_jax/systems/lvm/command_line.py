@@ -11,17 +11,19 @@ Images that do not fit into the context are marked in the grid.
 --jsonl is the batch interface of the reference: a line is {"input": [paths], "output": path,
 "target": [paths]}, the target optional; relative inputs are taken from the folder of the file.
 Writes OUT/output per line, candidates below each other and new images side by side, and prints the
-error against the targets. Lines may differ in their number of images.
+error against the targets. Lines may differ in their number of images. The same command run again
+after it was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
 
 import numpy as np
 
 from vlm_jax import loading
-from vlm_jax.data import folders, images, records, tiling, video
+from vlm_jax.data import folders, images, records, results, tiling, video
 from vlm_jax.datasets import visual_prompts
 
 _CHUNK = 64  # prompts in memory at once; the device takes fewer
@@ -120,31 +122,57 @@ def _predict_file(args):
     ]
     tiling.output_size(args.resize_output, (1, 1))
     model = _load(args)
-    errors, bad = [], []
+    state = results.Results(
+        pathlib.Path(args.out) / ".unfinished.jsonl", _settings(args), start_anew=True
+    )
+    errors = {row["id"]: row["mse"] for row in state.rows()}
+    if errors:
+        print(f"{len(errors)} of {len(source)} lines are there from last time")
+    bad = []
     for start in range(0, len(source), _CHUNK):
         lines = []
         for i in range(start, min(start + _CHUNK, len(source))):
+            name = source.record_id(i)
             try:
-                lines.append((paths[i], source[i]))
+                lines += [] if name in errors else [(name, paths[i], source[i])]
             except records.BadRecordError as error:
-                bad.append(f"{source.record_id(i)}: {error}")
-        prompts = [record["prompt"] for _, record in lines]
+                bad.append(f"{name}: {error}")
+        prompts = [record["prompt"] for *_, record in lines]
         made = _continue(model, prompts, args, args.seed + start) if prompts else []
-        for (path, record), candidates_u8 in zip(lines, made):
-            prompt = record["prompt"]
-            size = tiling.output_size(args.resize_output, prompt[-1].shape[:2])
-            inputs = prompt if args.show_inputs else []
-            tiling.save(path, tiling.draw(candidates_u8, inputs, size))
-            if len(record["target"]) == args.n:
-                true = np.stack([images.resize(x, model.tokenizer.side) for x in record["target"]])
-                errors.append(np.square(images.to01(candidates_u8) - images.to01(true)).mean())
+        new = {
+            name: _save(path, record, candidates_u8, args, model.tokenizer.side)
+            for (name, path, record), candidates_u8 in zip(lines, made)
+        }
+        state.write([{"id": name, "mse": mse} for name, mse in new.items()])
+        errors |= new
+    state.discard()
     print(f"wrote {len(source) - len(bad)} pictures into {args.out}")
-    if errors:
-        mse = float(np.mean(errors))
-        print(f"mse {mse:.5f} over {len(errors)} lines ({3 * mse:.5f} as the reference prints it)")
+    known = [mse for mse in errors.values() if mse is not None]
+    if known:
+        mse = float(np.mean(known))
+        print(f"mse {mse:.5f} over {len(known)} lines ({3 * mse:.5f} as the reference prints it)")
     if bad:
         shown = "\n".join(bad[:8]) + (f"\nand {len(bad) - 8} more" if len(bad) > 8 else "")
         raise records.DataError(f"{len(bad)} of {len(source)} lines were left out:\n{shown}")
+
+
+def _save(path, record, candidates_u8, args, side):
+    """Writes the picture of a line; its error against the target, None without one."""
+    prompt = record["prompt"]
+    size = tiling.output_size(args.resize_output, prompt[-1].shape[:2])
+    inputs = prompt if args.show_inputs else []
+    tiling.save(path, tiling.draw(candidates_u8, inputs, size))
+    if len(record["target"]) != args.n:
+        return None
+    true = np.stack([images.resize(x, side) for x in record["target"]])
+    return float(np.square(images.to01(candidates_u8) - images.to01(true)).mean())
+
+
+def _settings(args):
+    """What the pictures of a batch file depend on."""
+    content = pathlib.Path(args.jsonl).expanduser().read_bytes()
+    fields = {name: value for name, value in vars(args).items() if name != "out"}
+    return {**fields, "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _load(args):
