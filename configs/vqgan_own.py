@@ -5,8 +5,8 @@ r"""The image tokenizer on your own photos and videos: what survives it, before 
 FOLDER holds photos, videos (eight frames of each), or both, at any depth. Training goes on from the
 small tokenizer that ships in the package (64 pixels, 256 tokens of 1,024 codes) for some minutes on
 two cores: on 122 photos that it had not seen, 200 updates took held-out PSNR from 23.13 to 23.53
-(thumbnails: 22.74). A fifth of the files, chosen by their content, is held out; its reconstructions are
-scored beside a thumbnail of as many pixels as there are tokens, and drawn in
+(thumbnails: 22.74). A fifth of the files, chosen by their content, is held out; its
+reconstructions are scored beside a thumbnail of as many pixels as there are tokens, and drawn in
 eval/*/heldout/reconstructions.png. From scratch: `--config.init.upstream=`, with
 `--config.optim.lr=3e-3 --config.train.steps=1500`; from another run: `--config.init.run=RUN`.
 
