@@ -2,6 +2,7 @@
 
 import signal
 
+import jax
 import pytest
 import tiny_system
 
@@ -50,6 +51,25 @@ def test_devices_that_are_not_there(monkeypatch, error):
     with pytest.raises(config.ConfigError, match="JAX_PLATFORMS='cuda': .* Unset") as raised:
         hardware.require_devices()
     assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("jax_numpy_dtype_promotion", "strict"),
+        ("jax_numpy_rank_promotion", "raise"),
+        ("jax_transfer_guard", "disallow"),
+    ],
+)
+def test_settings_of_jax_that_forbid_what_every_run_does(name, value):
+    hardware.require_devices()
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        with pytest.raises(config.ConfigError, match=f"{name}={value}.*unset {name.upper()}"):
+            hardware.require_devices()
+    finally:
+        jax.config.update(name, before)
 
 
 def test_versions_that_do_not_fit():

@@ -50,12 +50,36 @@ PEAKS = {
 }
 
 
+# Settings of jax under which this code, or the libraries below it, cannot work.
+_IMPOSSIBLE = {
+    "jax_numpy_dtype_promotion": ("strict",),
+    "jax_numpy_rank_promotion": ("raise",),
+    **dict.fromkeys(
+        (
+            "jax_transfer_guard",
+            "jax_transfer_guard_host_to_device",
+            "jax_transfer_guard_device_to_host",
+            "jax_transfer_guard_device_to_device",
+        ),
+        ("disallow", "disallow_explicit"),
+    ),
+}
+
+
 def require_devices() -> None:
     """Starts jax's backend.
 
     Raises:
-      ConfigError: JAX_PLATFORMS asks for devices that are not there, or the backend does not start.
+      ConfigError: JAX_PLATFORMS asks for devices that are not there, the backend does not start, or
+        a setting of jax forbids what every run does.
     """
+    for name, values in _IMPOSSIBLE.items():
+        value = getattr(jax.config, name, None)
+        if value in values:
+            raise config_lib.ConfigError(
+                f"jax is set to {name}={value}, under which nothing here can run; unset "
+                f"{name.upper()} in the environment"
+            )
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter when the list ends up empty
