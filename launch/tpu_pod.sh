@@ -15,6 +15,9 @@ set -euo pipefail
 : "${TPU_TYPE:=v5litepod-256}" "${TPU_VERSION:=v2-alpha-tpuv5-lite}"
 where=(--zone="$TPU_ZONE" --project="$TPU_PROJECT")
 
+# Saves a checkpoint and waits for the end. Brackets: the pattern must not match this very command.
+stop='pkill -TERM -f "[v]lm_jax[.]main"; while pgrep -f "[v]lm_jax[.]main" >/dev/null; do sleep 1; done'
+
 on_all() { gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --worker=all --command="$1"; }
 
 case "${1:-}" in
@@ -38,10 +41,11 @@ case "${1:-}" in
     config=${2:?recipe} workdir=${3:?work directory that all hosts see}; shift 3
     flags=$(printf ' %q' "$@")
     # nohup: the run outlives the connection. One process a host; main finds the others itself.
-    on_all "cd vlm_jax_src && pkill -f vlm_jax.main; nohup ../env/bin/python -m vlm_jax.main \
+    on_all "$stop"
+    on_all "cd vlm_jax_src && nohup ../env/bin/python -m vlm_jax.main \
       --config=$(printf %q "$config") --workdir=$(printf %q "$workdir")$flags > ../run.log 2>&1 &" ;;
   logs) gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --worker=0 --command='tail -f run.log' ;;
-  stop) on_all 'pkill -TERM -f vlm_jax.main || true' ;;  # saves a checkpoint first
+  stop) on_all "$stop" ;;
   delete) gcloud compute tpus queued-resources delete "$TPU_NAME" "${where[@]}" --force ;;
   *) sed -n '2,11p' "$0"; exit 2 ;;
 esac
