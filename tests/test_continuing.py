@@ -119,7 +119,7 @@ def _state(**settings):
     optimizer = optim.make_optimizer(config, 9)
 
     def begin(params):
-        return train.fresh_optimizer(params, optimizer, recipe)
+        return update.fresh_optimizer(params, optimizer, recipe)
 
     state = {"step": jnp.int32(4), "params": PARAMS, **begin(PARAMS)}
     numbers = iter(range(1, 100))
@@ -348,7 +348,7 @@ def test_a_recorded_recipe_is_a_recipe(trained, tmp_path, capsys):
         assert main._take_record(argv) == (argv, None)
     with pytest.raises(SystemExit):
         main._take_record(["main", "--mode=evaluate", f"--workdir={tmp_path / 'typo'}"])
-    assert "no good checkpoint" in capsys.readouterr().err
+    assert "no such checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.slow
