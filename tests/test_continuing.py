@@ -21,6 +21,7 @@ from vlm_jax import (
     run,
     scores,
     train,
+    update,
 )
 from vlm_jax import config as config_lib
 
