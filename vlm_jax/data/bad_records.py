@@ -61,16 +61,22 @@ def stop_if_too_many(max_fraction: float, bad: int, of: int, causes: Mapping[str
 
 
 class naming:
-    """Puts the record's name before the message of what ends the run."""
+    """Puts the record's name before the message of what ends the run.
 
-    def __init__(self, record_id: str):
-        self._record_id = record_id
+    Args:
+      source, index: of the record; its name is asked for when it is needed.
+    """
+
+    def __init__(self, source: Any, index: int):
+        self._source, self._index = source, index
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            return
+        record_id = self._source.record_id(self._index)
         if isinstance(error, records.DataError):
-            raise records.DataError(f"{self._record_id}: {error}") from error
-        if error is not None:
-            error.add_note(f"while reading {self._record_id}")
+            raise records.DataError(f"{record_id}: {error}") from error
+        error.add_note(f"while reading {record_id}")

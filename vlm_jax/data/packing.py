@@ -34,6 +34,9 @@ from vlm_jax.data import order, records
 WINDOW = 64
 
 
+Row = dict[str, np.ndarray]
+
+
 class Piece(NamedTuple):
     """Ids [start, stop) of one document, put at place `slot` of a row."""
 
@@ -91,8 +94,11 @@ class StreamPlan:
             offset += size
         return pieces
 
-    def fill(self, pieces: Iterable[Piece], load: Callable[[Piece], Document]) -> dict:
-        """The arrays of a row; see the table of `blank_row`."""
+    def fill(
+        self, pieces: Iterable[Piece], load: Callable[[Piece], Document], row: Row | None = None
+    ) -> Row:
+        """The arrays of a row, see `blank_rows`; `row`, blank ones, are filled and returned."""
+        row = blank_row(self._row_tokens) if row is None else row
         ids = np.zeros(self._row_tokens + 1, np.int32)
         weights = np.zeros(self._row_tokens + 1, np.float32)
         filled = 0
@@ -102,7 +108,6 @@ class StreamPlan:
             if document.ids is not None:
                 ids[place] = document.ids[piece.start : piece.stop]
                 weights[place] = document.weights[piece.start : piece.stop]
-        row = blank_row(self._row_tokens)
         row["tokens"][:], row["targets"][:], row["weights"][:] = ids[:-1], ids[1:], weights[1:]
         row["segments"][:filled] = 1
         row["positions"][:] = np.arange(self._row_tokens)
@@ -152,9 +157,11 @@ class DocumentPlan:
     def _count(self, epoch: int) -> int:
         return len(self._epochs(epoch)[1]) - 1
 
-    def fill(self, pieces: Iterable[Piece], load: Callable[[Piece], Document]) -> dict:
-        """The arrays of a row; see the table of `blank_row`."""
-        row = blank_row(self._row_tokens)
+    def fill(
+        self, pieces: Iterable[Piece], load: Callable[[Piece], Document], row: Row | None = None
+    ) -> Row:
+        """As `StreamPlan.fill`."""
+        row = blank_row(self._row_tokens) if row is None else row
         for segment, piece in enumerate(pieces, 1):
             document, size = load(piece), piece.stop - piece.start - 1
             place = slice(piece.slot, piece.slot + size)
@@ -193,21 +200,26 @@ class DocumentPlan:
 PLANS = {"stream": StreamPlan, "documents": DocumentPlan}
 
 
-def blank_row(row_tokens: int) -> dict[str, np.ndarray]:
-    """A row without documents.
+def blank_rows(count: int, row_tokens: int) -> Row:
+    """Rows without documents.
 
     key        dtype[shape]   meaning
-    tokens     int32[T]       inputs
-    targets    int32[T]       the id that follows each input
-    weights    float32[T]     of each target in the loss; 0 is no loss
-    segments   int32[T]       0 is padding, documents count from 1; all 1 in stream mode
-    positions  int32[T]       from 0 in each row (stream) or segment (documents)
+    tokens     int32[N, T]    inputs
+    targets    int32[N, T]    the id that follows each input
+    weights    float32[N, T]  of each target in the loss; 0 is no loss
+    segments   int32[N, T]    0 is padding, documents count from 1; all 1 in stream mode
+    positions  int32[N, T]    from 0 in each row (stream) or segment (documents)
     """
     row = {
-        key: np.zeros(row_tokens, np.int32)
+        key: np.zeros((count, row_tokens), np.int32)
         for key in ("tokens", "targets", "segments", "positions")
     }
-    return row | {"weights": np.zeros(row_tokens, np.float32)}
+    return row | {"weights": np.zeros((count, row_tokens), np.float32)}
+
+
+def blank_row(row_tokens: int) -> Row:
+    """One of `blank_rows`, without the axis of rows."""
+    return {key: rows[0] for key, rows in blank_rows(1, row_tokens).items()}
 
 
 class _Latest:

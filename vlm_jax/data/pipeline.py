@@ -20,7 +20,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,12 +84,18 @@ class Batch:
       step: of the batch, from 0.
       arrays: key -> array [rows, ...]. Without packing there is also valid bool[rows], False for
         a row whose record could not be read; all arrays of such a row are 0.
-      record_ids: per row, the records that it is made of.
+      places: per row, the records that it is made of.
     """
 
     step: int
     arrays: dict[str, np.ndarray]
-    record_ids: list[list[str]]
+    places: list[rows_lib.Place]
+    _name: Callable[[str, int], str]
+
+    @property
+    def record_ids(self) -> list[list[str]]:
+        """The names of `places`."""
+        return [[self._name(place.source, i) for i in place.indices] for place in self.places]
 
 
 def make_batches(
@@ -119,10 +125,12 @@ def make_batches(
       DataError: a file is missing, a source is empty, too many records are bad, or a record does
         not fit the formatter.
     """
+    config = _spread(config, formatter)
     rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+    parts = _cut(rows, config)
     start_row = start_step * batch_size if start_row is None else start_row
     table = rows_lib.Rows(config, formatter, seed)
-    return Batches(config, formatter, _Endless(table, batch_size, rows, start_row), start_step)
+    return Batches(config, _Endless(table, batch_size, parts, start_row), start_step)
 
 
 def one_pass(
@@ -140,8 +148,10 @@ def one_pass(
 
     Args: as `make_batches`; max_batches: stop early, 0 reads everything.
     """
-    table = rows_lib.Rows(dataclasses.replace(config, shuffle=False), formatter, seed)
-    batches = Batches(config, formatter, _OnePass(table, batch_size, max_batches), 0)
+    config = dataclasses.replace(_spread(config, formatter), shuffle=False)
+    parts = _cut(np.arange(batch_size), config)
+    table = rows_lib.Rows(config, formatter, seed)
+    batches = Batches(config, _OnePass(table, batch_size, parts, max_batches), 0)
     try:
         for batch in batches:
             yield {**batch.arrays, "record_ids": batch.record_ids}
@@ -157,15 +167,15 @@ class Batches:
       records_of: source -> its number of records, on which its order depends.
     """
 
-    def __init__(self, config: DataConfig, formatter: Any, elements: Any, start_step: int):
+    def __init__(self, config: DataConfig, elements: _Endless | _OnePass, start_step: int):
         table = elements.table
         self.bad_records = bad_records.BadRecords(
             config.max_bad_fraction, sum(table.records_of.values()), table.skipped
         )
         self.records_of = table.records_of
-        self._formatter, self._step = formatter, start_step
-        self._rows = elements.rows_per_batch
-        self._iterator = _run_ahead(config, elements, self._rows)
+        self._record_id, self._step = table.record_id, start_step
+        self._parts = len(elements.parts)
+        self._iterator = _run_ahead(config, elements)
         self._closed = False
 
     def __iter__(self) -> Batches:
@@ -174,14 +184,14 @@ class Batches:
     def __next__(self) -> Batch:
         if self._closed:
             raise StopIteration
-        rows = list(itertools.islice(self._iterator, self._rows))
-        if len(rows) < self._rows:
+        chunks = list(itertools.islice(self._iterator, self._parts))
+        if len(chunks) < self._parts:
             raise StopIteration
-        for row in rows:
-            self.bad_records.add(row.seen, row.bad)
-        examples = [row.example for row in rows]
-        arrays = getattr(self._formatter, "batch", _stack)(examples)
-        batch = Batch(self._step, arrays, [row.record_ids for row in rows])
+        for chunk in chunks:
+            for row, place in enumerate(chunk.origin.places):
+                self.bad_records.add(len(place.indices), chunk.origin.bad.get(row, ()))
+        places = [place for chunk in chunks for place in chunk.origin.places]
+        batch = Batch(self._step, _joined(chunks), places, self._record_id)
         self._step += 1
         return batch
 
@@ -198,15 +208,30 @@ class Batches:
         self.close()
 
 
-def _stack(examples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+def _joined(chunks: Sequence[rows_lib.Chunk]) -> dict[str, np.ndarray]:
+    first, *others = (chunk.arrays for chunk in chunks)
+    if not others:
+        return first
+    return {key: np.concatenate([x, *(y[key] for y in others)]) for key, x in first.items()}
 
 
-def _run_ahead(config: DataConfig, elements: Any, rows: int) -> Iterator[rows_lib.Row]:
+def _spread(config: DataConfig, formatter: Any) -> DataConfig:
+    """With as many threads as pay: rows of ids are many short steps, which threads do in turns."""
+    ids = config.packing != "none" or hasattr(formatter, "format_many")
+    return dataclasses.replace(config, num_threads=1) if ids and config.num_threads else config
+
+
+def _cut(rows: np.ndarray, config: DataConfig) -> list[np.ndarray]:
+    """A chunk of a batch for every thread."""
+    return np.array_split(rows, max(1, min(len(rows), config.num_threads)))
+
+
+def _run_ahead(config: DataConfig, elements: _Endless | _OnePass) -> Iterator[rows_lib.Chunk]:
     grain = records.require("grain")
+    ahead = len(elements.parts) * config.prefetch_batches
     options = grain.ReadOptions(
         num_threads=config.num_threads,
-        prefetch_buffer_size=max(rows * config.prefetch_batches, config.num_threads),
+        prefetch_buffer_size=max(ahead, config.num_threads),
     )
     dataset = grain.MapDataset.source(elements).to_iter_dataset(options)
     if config.num_workers:
@@ -214,10 +239,10 @@ def _run_ahead(config: DataConfig, elements: Any, rows: int) -> Iterator[rows_li
 
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain's workers read flags; a notebook has none
-        ahead = -(-rows * config.prefetch_batches // config.num_workers)
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(
-                num_workers=config.num_workers, per_worker_buffer_size=ahead
+                num_workers=config.num_workers,
+                per_worker_buffer_size=max(1, -(-ahead // config.num_workers)),
             ),
             worker_init_fn=_begin_worker,
         )
@@ -242,37 +267,46 @@ def _begin_worker(index: int, count: int) -> None:
 
 
 class _Endless:
-    """The rows that one process needs, step after step: what grain indexes."""
+    """The rows that one process needs, chunk after chunk: what grain indexes.
 
-    def __init__(self, table: rows_lib.Rows, batch_size: int, rows: np.ndarray, start_row: int):
-        self.table, self.rows_per_batch = table, len(rows)
-        self._batch_size, self._rows, self._start_row = batch_size, rows, start_row
+    Args:
+      parts: of the rows of a global batch, those of each chunk.
+    """
+
+    def __init__(
+        self, table: rows_lib.Rows, batch_size: int, parts: list[np.ndarray], start_row: int
+    ):
+        self.table, self.parts = table, parts
+        self._batch_size, self._start_row = batch_size, start_row
 
     def __len__(self) -> int:
         return 2**48  # grain wants a length; no run is longer
 
-    def __getitem__(self, index: int) -> rows_lib.Row:
-        step, row = divmod(int(index), len(self._rows))
-        number = self._start_row + step * self._batch_size + int(self._rows[row])
-        return self.table.row(*self.table.mixture.locate(number))
+    def __getitem__(self, index: int) -> rows_lib.Chunk:
+        step, part = divmod(int(index), len(self.parts))
+        rows = self._start_row + step * self._batch_size + self.parts[part]
+        return self.table.chunk(*self.table.mixture.deal(rows))
 
 
 class _OnePass:
-    """All rows of all sources once, then blank rows up to whole batches."""
+    """All rows of all sources once, then rows of zeros up to whole batches."""
 
-    def __init__(self, table: rows_lib.Rows, batch_size: int, max_batches: int):
-        self.table, self.rows_per_batch = table, batch_size
-        self._names = table.mixture.names
-        self._ends = np.cumsum([table.count(name) for name in self._names])
-        batches = -(-int(self._ends[-1]) // batch_size)
-        self.num_batches = min(batches, max_batches) if max_batches else batches
+    def __init__(
+        self, table: rows_lib.Rows, batch_size: int, parts: list[np.ndarray], max_batches: int
+    ):
+        self.table, self.parts, self._batch_size = table, parts, batch_size
+        counts = [table.count(name) for name in table.mixture.names]
+        self._bounds = np.concatenate([[0], np.cumsum(counts)])
+        batches = -(-int(self._bounds[-1]) // batch_size)
+        self._batches = min(batches, max_batches) if max_batches else batches
 
     def __len__(self) -> int:
-        return self.num_batches * self.rows_per_batch
+        return self._batches * len(self.parts)
 
-    def __getitem__(self, index: int) -> rows_lib.Row:
-        at = int(np.searchsorted(self._ends, index, side="right"))
-        if at == len(self._names):
-            return self.table.blank()
-        number = int(index) - (int(self._ends[at - 1]) if at else 0)
-        return self.table.row(self._names[at], number, one_pass=True)
+    def __getitem__(self, index: int) -> rows_lib.Chunk:
+        batch, part = divmod(int(index), len(self.parts))
+        rows = batch * self._batch_size + self.parts[part]
+        owners = np.searchsorted(self._bounds, rows, side="right") - 1
+        numbers = rows - self._bounds[owners]
+        owners[rows >= self._bounds[-1]] = -1
+        return self.table.chunk(owners, numbers, one_pass=True)

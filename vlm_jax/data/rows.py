@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import sys
 import threading
 import zlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,13 +17,31 @@ import numpy as np
 from vlm_jax.data import bad_records, order, packing, records, sidecar, sources
 
 
-class Row(NamedTuple):
-    """One element on its way to a batch."""
+class Place(NamedTuple):
+    """What a row is made of: records of a source. A row of zeros has none."""
 
-    example: dict[str, np.ndarray]
-    record_ids: list[str]
-    seen: int = 0
-    bad: tuple[tuple[str, str], ...] = ()
+    source: str
+    indices: Sequence[int]
+
+
+@dataclasses.dataclass
+class Origin:
+    """Where the rows of a chunk come from.
+
+    Attributes:
+      places: of every row.
+      bad: row -> (record id, cause) of the records that it should hold and that cannot be used.
+    """
+
+    places: list[Place]
+    bad: dict[int, list[tuple[str, str]]] = dataclasses.field(default_factory=dict)
+
+
+class Chunk(NamedTuple):
+    """Rows on their way to a batch: key -> array [rows, ...], and their origin."""
+
+    arrays: dict[str, np.ndarray]
+    origin: Origin
 
 
 class _Entry(NamedTuple):
@@ -31,7 +51,7 @@ class _Entry(NamedTuple):
 
 
 class Rows:
-    """Any row of any source: (name, number) -> Row. Picklable.
+    """Any rows of any sources. Picklable.
 
     Args:
       config: `pipeline.DataConfig`. formatter, seed: as `pipeline.make_batches`.
@@ -81,53 +101,109 @@ class Rows:
             self._entries[name] = _Entry(source, shuffle, plan)
         self._documents = _DocumentCache(self)
 
-    def row(self, name: str, number: int, *, one_pass: bool = False) -> Row:
-        """The `number`-th row of one source."""
-        entry = self._entries[name]
-        return (
-            self._packed(name, entry, number, one_pass)
-            if entry.plan
-            else self._example(name, entry, number)
-        )
+    def chunk(self, owners: np.ndarray, numbers: np.ndarray, *, one_pass: bool = False) -> Chunk:
+        """Some rows.
+
+        Args:
+          owners: int[n], the source of each as its place in `mixture.names`; -1 is a row of zeros.
+          numbers: int64[n], which of the source's rows.
+          one_pass: nothing follows the last record.
+        """
+        if self._packing != "none":
+            return self._packed(owners, numbers, one_pass)
+        epochs, indices = self._records(owners, numbers)
+        places = [
+            Place(self.mixture.names[owner], (index,)) if owner >= 0 else Place("", ())
+            for owner, index in zip(owners.tolist(), indices.tolist())
+        ]
+        if hasattr(self._formatter, "format_many"):
+            with contextlib.suppress(Exception):  # one by one, below, the record will be named
+                return self._formatted(owners, indices, places)
+        return self._one_by_one(epochs, places)
+
+    def record_id(self, source: str, index: int) -> str:
+        """How messages call a record."""
+        return self._entries[source].source.record_id(index)
 
     def count(self, name: str) -> int:
         """Rows of one pass over a source."""
         entry = self._entries[name]
         return entry.plan.rows_per_pass if entry.plan else len(entry.source)
 
-    def blank(self) -> Row:
-        """A row of zeros."""
-        if self._packing != "none":
-            return Row(packing.blank_row(self._formatter.max_tokens), [])
-        return Row({**self._zeros, "valid": np.False_}, [])
+    def _records(self, owners: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs and indices of the records of these rows."""
+        epochs, indices = np.zeros(len(owners), np.int64), np.zeros(len(owners), np.int64)
+        for owner, here in _by_source(owners):
+            shuffle = self._entries[self.mixture.names[owner]].shuffle
+            epochs[here], indices[here] = shuffle.locate(numbers[here])
+        return epochs, indices
 
-    def _example(self, name: str, entry: _Entry, number: int) -> Row:
-        epoch, index = (int(x[0]) for x in entry.shuffle.locate(np.array([number])))
-        record_id = entry.source.record_id(index)
-        rng = np.random.default_rng([self._seed, zlib.crc32(name.encode()), epoch, index])
-        with bad_records.naming(record_id):
-            try:
-                example = self._formatter(entry.source[index], rng)
-            except records.BadRecordError as error:
-                bad = ((record_id, str(error)),)
-                return self.blank()._replace(record_ids=[record_id], seen=1, bad=bad)
-        return Row({**example, "valid": np.True_}, [record_id], 1)
+    def _formatted(self, owners: np.ndarray, indices: np.ndarray, places: list[Place]) -> Chunk:
+        found: list[Any] = [None] * len(owners)
+        errors = {}
+        for owner, here in _by_source(owners):
+            source = self._entries[self.mixture.names[owner]].source
+            for row, record in zip(here.tolist(), sources.read_many(source, indices[here])):
+                if isinstance(record, records.BadRecordError):
+                    errors[row] = record
+                else:
+                    found[row] = record
+        arrays, unfit = self._formatter.format_many(found)
+        origin = Origin(
+            places,
+            {row: [self._bad(places[row], error)] for row, error in (errors | unfit).items()},
+        )
+        valid = np.array([record is not None for record in found])
+        valid[list(unfit)] = False
+        return Chunk({**arrays, "valid": valid}, origin)
 
-    def _packed(self, name: str, entry: _Entry, number: int, one_pass: bool) -> Row:
-        pieces = entry.plan.pieces(number, one_pass=one_pass)
-        example = entry.plan.fill(pieces, lambda piece: self._documents(name, piece.index))
-        bad = []
-        for index in dict.fromkeys(piece.index for piece in pieces):
-            document = self._documents(name, index)
-            if document.ids is None:
-                bad.append((entry.source.record_id(index), document.error))
-        record_ids = [entry.source.record_id(piece.index) for piece in pieces]
-        return Row(example, record_ids, len(pieces), tuple(bad))
+    def _one_by_one(self, epochs: np.ndarray, places: list[Place]) -> Chunk:
+        examples, valid, origin = [], np.zeros(len(places), bool), Origin(places)
+        for row, (epoch, place) in enumerate(zip(epochs.tolist(), places)):
+            example = None
+            for index in place.indices:
+                source = self._entries[place.source].source
+                rng = _Draws([self._seed, zlib.crc32(place.source.encode()), epoch, index])
+                with bad_records.naming(source, index):
+                    try:
+                        example = self._formatter(source[index], rng)
+                        valid[row] = True
+                    except records.BadRecordError as error:
+                        origin.bad[row] = [self._bad(place, error)]
+            examples.append(self._zeros if example is None else example)
+        arrays = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+        return Chunk({**arrays, "valid": valid}, origin)
+
+    def _bad(self, place: Place, error: records.BadRecordError) -> tuple[str, str]:
+        return self.record_id(place.source, place.indices[0]), str(error)
+
+    def _packed(self, owners: np.ndarray, numbers: np.ndarray, one_pass: bool) -> Chunk:
+        arrays = packing.blank_rows(len(owners), self._formatter.max_tokens)
+        origin = Origin([])
+        for row, (owner, number) in enumerate(zip(owners.tolist(), numbers.tolist())):
+            if owner < 0:
+                origin.places.append(Place("", ()))
+                continue
+            name = self.mixture.names[owner]
+            plan = self._entries[name].plan
+            pieces = plan.pieces(number, one_pass=one_pass)
+            documents = {piece.index: self._documents(name, piece.index) for piece in pieces}
+            views = {key: x[row] for key, x in arrays.items()}
+            plan.fill(pieces, lambda piece: documents[piece.index], views)  # noqa: B023 - called here
+            bad = [
+                (self.record_id(name, index), document.error)
+                for index, document in documents.items()
+                if document.ids is None
+            ]
+            if bad:
+                origin.bad[row] = bad
+            origin.places.append(Place(name, [piece.index for piece in pieces]))
+        return Chunk(arrays, origin)
 
     def load_document(self, name: str, index: int) -> packing.Document:
         """Ids and weights of one record, or why there are none."""
         source, _, plan = self._entries[name]
-        with bad_records.naming(source.record_id(index)):
+        with bad_records.naming(source, index):
             try:
                 ids, weights = self._formatter.encode(source[index])
             except records.BadRecordError as error:
@@ -152,6 +228,30 @@ class Rows:
         raise records.DataError(
             f"none of the first 1000 records of any source can be formatted; the first: {first}"
         )
+
+
+class _Draws:
+    """A `np.random.Generator` that is made when it is first asked: seeding takes longer than a row.
+
+    Args:
+      seed: as `np.random.default_rng` takes it.
+    """
+
+    def __init__(self, seed: Sequence[int]):
+        self._seed = seed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._generator, name)
+
+    @functools.cached_property
+    def _generator(self) -> np.random.Generator:
+        return np.random.default_rng(self._seed)
+
+
+def _by_source(owners: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Every source that owns rows, and which they are."""
+    for owner in np.unique(owners[owners >= 0]).tolist():
+        yield owner, np.flatnonzero(owners == owner)
 
 
 class _DocumentCache:
@@ -199,7 +299,7 @@ def token_lengths(
         if len(source) > 10_000:
             print(f"vlm_jax: counting the tokens of {len(source)} records (once)", file=sys.stderr)
         for index in range(len(source)):
-            with bad_records.naming(source.record_id(index)):
+            with bad_records.naming(source, index):
                 try:
                     lengths[index] = len(formatter.encode(source[index])[0])
                 except records.BadRecordError as error:

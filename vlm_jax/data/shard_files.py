@@ -84,7 +84,7 @@ def map_array(path: str | os.PathLike) -> np.ndarray:
         raise records.DataError(f"{path}: not an array: {error!s:.200}") from error
     if not isinstance(array, np.ndarray):
         raise records.DataError(f"{path}: not one array; a .npy file is needed")
-    return array
+    return array.view(np.ndarray)  # np.memmap makes every slice slow
 
 
 class Descriptor:

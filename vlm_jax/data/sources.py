@@ -17,7 +17,10 @@
     source.skipped         records left out when the index was made, as (id, cause)
     source.fingerprint()   JSON-like; changes when the content may have changed
 
-and is picklable: files are opened where they are read.
+and is picklable: files are opened where they are read. It may have
+
+    source.read_many(i)    the records at int64[n], or the BadRecordError of each that has one,
+                           where that is faster than one by one
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vlm_jax.data import array_records, records, shard_files, sidecar, tar_index
+from vlm_jax.data import array_records, bad_records, records, shard_files, sidecar, tar_index
 
 MAX_LINE = 16 * 2**20  # bytes; a longer line is left out, not read
 _MAX_BAD = 100_000  # lines that are named, where there are not more good ones
@@ -75,6 +78,24 @@ def make_source(type: str, **fields: Any) -> Source:
         return module.make_source(**fields)
     except TypeError as error:
         raise records.DataError(f"data source of type {type!r}: {error}") from error
+
+
+def read_many(source: Source, indices: np.ndarray) -> list[records.Record | records.BadRecordError]:
+    """The records at these places; an error stands where one cannot be read.
+
+    Raises:
+      DataError: what ends the run, with the record's name.
+    """
+    if hasattr(source, "read_many"):
+        return source.read_many(indices)
+    found: list[records.Record | records.BadRecordError] = []
+    for index in indices.tolist():
+        with bad_records.naming(source, index):
+            try:
+                found.append(source[index])
+            except records.BadRecordError as error:
+                found.append(error)
+    return found
 
 
 class Memory:

@@ -43,11 +43,17 @@ class TokenTable:
         return len(self._table)
 
     def __getitem__(self, index: int) -> records.Record:
-        return {
-            "tokens": self._table[index].astype(np.int32),
-            "tokens_weights": self._weights,
-            "id": self.record_id(index),
-        }
+        return self._record(index, self._table[index].astype(np.int32))
+
+    def read_many(self, indices: np.ndarray) -> list[records.Record]:
+        """Records that share one array."""
+        return [
+            self._record(index, ids)
+            for index, ids in zip(indices.tolist(), self._table[indices].astype(np.int32))
+        ]
+
+    def _record(self, index: int, ids: np.ndarray) -> records.Record:
+        return {"tokens": ids, "tokens_weights": self._weights, "id": self.record_id(index)}
 
     def record_id(self, index: int) -> str:
         """File and row."""

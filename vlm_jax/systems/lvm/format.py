@@ -22,12 +22,15 @@ import binascii
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from vlm_jax.data import packing, records
+from vlm_jax.data import records
+
+# A literal id or those of a field, and the weight of all or of each.
+_Part = tuple[int | np.ndarray, float | np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +58,49 @@ class Formatter:
         self._items  # noqa: B018 - a mistake in `fields` shows before any data are read
 
     def __call__(self, record: Mapping[str, Any], rng: Any = None) -> dict[str, np.ndarray]:
-        """One sentence as one row, padded, or cut at max_tokens."""
-        ids, weights = self.encode(record)
-        ids, weights = ids[: self.max_tokens + 1], weights[: self.max_tokens + 1]
-        size = len(ids) - 1
-        row = packing.blank_row(self.max_tokens)
-        row["tokens"][:size], row["targets"][:size] = ids[:-1], ids[1:]
-        row["weights"][:size], row["segments"][:size] = weights[1:], 1
-        row["positions"][:size] = np.arange(size)
-        return row
+        """One sentence as one row, padded, or cut at max_tokens. Errors as `encode`."""
+        rows, errors = self.format_many([record])
+        if errors:
+            raise errors[0]
+        return {key: x[0] for key, x in rows.items()}
+
+    def format_many(
+        self, found: Sequence[Mapping[str, Any] | None]
+    ) -> tuple[dict[str, np.ndarray], dict[int, records.BadRecordError]]:
+        """A row for each record, and the errors of bad ones by their place; zeros stand for them.
+
+        Args:
+          found: records; None makes zeros.
+
+        Raises:
+          DataError: as `encode`.
+        """
+        ids = np.zeros((len(found), self.max_tokens + 1), np.int32)
+        weights, sizes = np.zeros(ids.shape, np.float32), np.zeros(len(found), np.int64)
+        errors: dict[int, records.BadRecordError] = {}
+        known: dict[Any, Any] = {}
+        for row, record in enumerate(found):
+            if record is None:
+                continue
+            try:
+                parts = self._parts(record, known)
+            except records.BadRecordError as error:
+                errors[row] = error
+                continue
+            sizes[row] = _size(parts)
+            if sizes[row] > ids.shape[1]:
+                parts = self._cut(parts, ids.shape[1])
+            _lay(parts, ids[row], weights[row])
+        self._check(ids)
+        followed = np.arange(self.max_tokens) < sizes[:, None] - 1  # places with a target
+        segments = followed.astype(np.int32)
+        return {
+            "tokens": ids[:, :-1] * segments,
+            "targets": ids[:, 1:].copy(),
+            "weights": weights[:, 1:].copy(),
+            "segments": segments,
+            "positions": np.arange(self.max_tokens, dtype=np.int32) * segments,
+        }, errors
 
     def encode(self, record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """ids int32[n] with BOS and EOS, and the loss weight float32[n] of each.
@@ -72,22 +109,62 @@ class Formatter:
           BadRecordError: a field is missing, or is neither base64 of whole int32 nor integers.
           DataError: an id is not in [0, vocab_size): another tokenizer, not one bad record.
         """
-        parts, weights = [], []
+        return self._joined(self._parts(record, {}))
+
+    def _parts(self, record: Mapping[str, Any], known: dict[Any, Any]) -> list[_Part]:
+        """`known`: weights that were checked, by what was given: those of a table are one array."""
+        parts: list[_Part] = []
         for item, weight in self._items:
-            ids = np.array([item], np.int32) if isinstance(item, int) else _ids(record, item)
-            parts.append(ids)
-            weights.append(np.full(len(ids), weight, np.float32))
-            if f"{item}_weights" in record:
-                weights[-1] *= _weights(record, f"{item}_weights", len(ids))
-        ids = np.concatenate(parts)
-        outside = (ids < 0) | (ids >= self.vocab_size)
-        if outside.any():
-            place = int(outside.argmax())
-            raise records.DataError(
-                f"token id {ids[place]} at place {place} is outside [0, {self.vocab_size}); was "
-                f"the file made with another codebook? (formatter.vocab_size)"
-            )
-        return ids, np.concatenate(weights)
+            if isinstance(item, int):
+                parts.append((item, weight))
+                continue
+            ids, factors = _ids(record, item), f"{item}_weights"
+            if factors in record:
+                given = record[factors]
+                key = id(given), weight, len(ids)
+                if key not in known:
+                    checked = np.float32(weight) * _weights(given, factors, len(ids))
+                    known[key] = checked, given
+                weight = known[key][0]
+            parts.append((ids, weight))
+        return parts
+
+    def _joined(self, parts: list[_Part]) -> tuple[np.ndarray, np.ndarray]:
+        size = _size(parts)
+        ids, weights = np.empty(size, np.int32), np.empty(size, np.float32)
+        _lay(parts, ids, weights)
+        self._check(ids[None])
+        return ids, weights
+
+    def _cut(self, parts: list[_Part], size: int) -> list[_Part]:
+        """The first `size` ids; the others are checked here, as nobody sees them later."""
+        kept: list[_Part] = []
+        for ids, weight in parts:
+            room = size - _size(kept)
+            if _length(ids) <= room:
+                kept.append((ids, weight))
+                continue
+            if not self._fit(ids if isinstance(ids, int) else ids[room:]):
+                self._joined(parts)  # says where
+            if room:
+                kept.append((ids[:room], weight if isinstance(weight, float) else weight[:room]))
+        return kept
+
+    def _fit(self, ids: int | np.ndarray) -> bool:
+        if isinstance(ids, int):
+            return 0 <= ids < self.vocab_size
+        # Negative ids are large ones without their sign.
+        return not ids.size or bool(ids.view(np.uint32).max() < self.vocab_size)
+
+    def _check(self, ids_bt: np.ndarray) -> None:
+        """Raises DataError for ids outside the vocabulary."""
+        if self._fit(ids_bt):
+            return
+        row, place = np.argwhere((ids_bt < 0) | (ids_bt >= self.vocab_size))[0]
+        raise records.DataError(
+            f"token id {ids_bt[row, place]} at place {place} is outside [0, {self.vocab_size}); "
+            f"was the file made with another codebook? (formatter.vocab_size)"
+        )
 
     @property
     def num_literals(self) -> int:
@@ -117,6 +194,23 @@ class Formatter:
 make_formatter = Formatter
 
 
+def _length(ids: int | np.ndarray) -> int:
+    return 1 if isinstance(ids, int) else len(ids)
+
+
+def _size(parts: Sequence[_Part]) -> int:
+    return sum(_length(ids) for ids, _ in parts)
+
+
+def _lay(parts: Sequence[_Part], ids: np.ndarray, weights: np.ndarray) -> None:
+    """Writes parts one after another from the start of two arrays."""
+    start = 0
+    for part, weight in parts:
+        stop = start + _length(part)
+        ids[start:stop], weights[start:stop] = part, weight
+        start = stop
+
+
 def _ids(record: Mapping[str, Any], name: str) -> np.ndarray:
     if name not in record:
         raise records.BadRecordError(f"no field {name!r} among {records.keys_of(record)}")
@@ -125,7 +219,7 @@ def _ids(record: Mapping[str, Any], name: str) -> np.ndarray:
         if isinstance(value, str):
             value = base64.b64decode(value, validate=True)
         if isinstance(value, bytes):
-            return np.frombuffer(value, "<i4").astype(np.int32)
+            return np.frombuffer(value, "<i4").astype(np.int32, copy=False)
         return _whole(value)
     except (binascii.Error, ValueError, OverflowError) as error:
         raise records.BadRecordError(f"field {name!r}: {error}") from error
@@ -137,21 +231,24 @@ def _whole(value: Any) -> np.ndarray:
         value = np.array(value, np.int64)
     if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype.kind not in "iu":
         raise ValueError(f"{value!r:.60} is not a list of integers")
+    if np.can_cast(value.dtype, np.int32):
+        return value.astype(np.int32, copy=False)
     if len(value) and not -(2**31) <= value.min() <= value.max() < 2**31:
         raise ValueError(f"ids {value.min()}..{value.max()} are not of 32 bits")
     return value.astype(np.int32)
 
 
-def _weights(record: Mapping[str, Any], name: str, count: int) -> np.ndarray:
+def _weights(given: Any, name: str, count: int) -> np.ndarray:
     try:
-        found = np.asarray(record[name])
+        found = np.asarray(given)
     except ValueError as error:
         raise records.BadRecordError(f"field {name!r}: {error}") from error
     if found.dtype.kind in "fiub" and found.shape == (count,):
-        with np.errstate(over="ignore"):
-            weights = found.astype(np.float32)
-        if ((weights >= 0) & (weights < np.inf)).all():
-            return weights
+        if found.dtype != np.float32:
+            with np.errstate(over="ignore"):
+                found = found.astype(np.float32)
+        if not count or 0 <= found.min() <= found.max() < np.inf:  # NaN is nowhere
+            return found
     raise records.BadRecordError(
         f"field {name!r} is {found.dtype}{list(found.shape)}, not {count} numbers from 0 on"
     )
