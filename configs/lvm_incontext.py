@@ -11,6 +11,8 @@ parameters. Without the first two steps the language model uses the tokenizer of
 ships in the package, which knows no bright colours.
 
 `:tokenizer` trains the shipped tokenizer on, at 32 pixels and on these scenes.
+`:anneal` lowers the learning rate of weights that were trained at a high one down to 0, on a CPU:
+`--config.init.upstream=FOLDER` says which. The model that ships in the package is one of these.
 `:tiny` is for a CPU: it shows that everything runs, in a minute, and learns little.
 
 Scored on scenes of things and grounds, and palettes, that training never has:
@@ -28,7 +30,7 @@ PAIRS = dict(mask=0.32, box=0.08, edges=0.1, colour=0.32, photo=0.08)
 
 
 def get_config(arg=""):
-    forms = {"": full, "tiny": tiny, "tokenizer": tokenizer}
+    forms = {"": full, "anneal": anneal, "tiny": tiny, "tokenizer": tokenizer}
     if arg not in forms:
         raise ValueError(
             f"lvm_incontext: argument {arg!r} is none of {', '.join(map(repr, forms))}"
@@ -72,12 +74,15 @@ def full():
 
 
 def mixture():
-    def table(kind, **fields):
-        path = "{workdir}/composed/" + f"{kind}.npy"
-        return dict(type="token_table", path=path, tokens_per_image=IDS, **fields)
+    pairs = {kind: table(kind, 0.1, share) for kind, share in PAIRS.items()}
+    return {**pairs, "motion": table("motion", 1.0, 0.1)}
 
-    pairs = {kind: table(kind, question_weight=0.1, weight=share) for kind, share in PAIRS.items()}
-    return {**pairs, "motion": table("motion", weight=0.1)}
+
+def table(kind, question_weight, weight):
+    return dict(
+        type="token_table", path="{workdir}/composed/" + f"{kind}.npy", tokens_per_image=IDS,
+        question_weight=question_weight, weight=weight,
+    )  # fmt: skip
 
 
 def few_shot(kind, answer, **queries):
@@ -87,6 +92,22 @@ def few_shot(kind, answer, **queries):
             type="few_shot", answer=answer, shots=IMAGES // 2 - 1, queries=queries,
         ))),
     )  # fmt: skip
+
+
+def anneal():
+    """Ten minutes of two CPU cores. Masks and colours; few of the rest, against forgetting."""
+    c = full()
+    c.model.dtype = "float32"
+    c.task.tokenizer = c.prepare.tokenizer = "tiny32"
+    c.prepare.update(chunk=50, seed=1)
+    c.prepare.sentences = dict(box=150, colour=900, edges=150, mask=1_800)
+    shares = dict(mask=0.65, box=0.03, edges=0.02, colour=0.3)
+    c.data.mixture = {kind: table(kind, 0.1, share) for kind, share in shares.items()}
+    c.data.update(num_threads=2, prefetch_batches=2)
+    c.init.upstream = "tiny"
+    c.optim.update(lr=5e-4, end_lr=0.0, schedule="linear", warmup_steps=5)
+    c.train.update(steps=80, batch_size=16, log_every=5, save_every=20)
+    return c
 
 
 def tiny():

@@ -61,6 +61,7 @@ SCHEDULES = {
     }.items()
 } | {
     ("lvm_incontext", ""): (3_000, 150, 3_000, 2e-3, 256, 1),
+    ("lvm_incontext", ":anneal"): (80, 5, 80, 5e-4, 16, 1),
     ("lvm_incontext", ":tokenizer"): (6_000, 100, 6_000, 2e-3, 128, 1),
     ("lvm_incontext", ":tiny"): (60, 10, 60, 4e-3, 8, 1),
     ("nxtp_g3m", ""): (21_360, 2_000, 21_360, 1e-5, 512, 1),

@@ -41,6 +41,24 @@ def test_what_is_drawn_can_be_worked_on_at_once(scenes):
         next(scenes.draw("portrait", 1))
 
 
+def test_scenes_of_a_bank_of_ones_own():
+    """A white thing on black ground: the scene shows where it is."""
+    white = np.full((6, 4, 4), 255, np.uint8)
+    bank = composed_scenes.bank_of_things([("thing", white)]) | {
+        "grounds": np.zeros((1, 64, 64, 3), np.uint8),
+        "photos": np.zeros((1, 64, 64, 3), np.uint8),
+    }
+    assert bank["things"].shape == (1, 64, 64, 4) and bank["odds"].shape == (0,)
+    np.testing.assert_allclose(bank["extents"], [[1, 4 / 6]])
+    pairs = np.concatenate(
+        list(composed_scenes.Scenes("train", side=16, chunk=2, bank=bank).draw("mask", 4))
+    )
+    seen, marked = pairs[:, 0::2].max(-1) > 0, pairs[:, 1::2, ..., 0] > 0
+    assert marked.any(axis=(2, 3)).all() and seen.any()
+    filled = ~seen.any(axis=(2, 3))  # with a black photo
+    np.testing.assert_array_equal(seen[~filled], marked[~filled])
+
+
 def test_palettes_are_held_out():
     train, heldout = (set(map(tuple, palette_scenes.palettes(s))) for s in ("train", "heldout"))
     assert len(train) == 130 and len(heldout) == 26 and not train & heldout

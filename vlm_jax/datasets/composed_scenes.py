@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +51,20 @@ class Scenes:
       side: pixels of an image.
       chunk: sentences of a device call.
       seed: of everything drawn.
+      bank: what scenes are made of instead, see `make_bank`.
     """
 
-    def __init__(self, split: str, *, side: int = 32, chunk: int = 64, seed: int = 0):
+    def __init__(
+        self,
+        split: str,
+        *,
+        side: int = 32,
+        chunk: int = 64,
+        seed: int = 0,
+        bank: Mapping[str, np.ndarray] | None = None,
+    ):
         self.side, self.chunk, self.seed = side, chunk, seed
-        self._bank = jax.device_put(make_bank(split, seed))
+        self._bank = jax.device_put(make_bank(split, seed) if bank is None else dict(bank))
         self._compiled: dict[str, Callable] = {}
 
     def draw(
@@ -152,16 +161,22 @@ def make_bank(split: str, seed: int = 0, crops: int = 1500) -> dict[str, np.ndar
       square, at most 1; grounds uint8[crops, 64, 64, 3]; photos uint8[P, 64, 64, 3].
     """
     rng = np.random.default_rng([seed, split == "heldout"])
-    found = demo_scenes.cutouts(split)
-    labels = [label for label, _ in found]
-    odds = np.array([1 / labels.count(label) for label in labels], np.float32)
     photos = demo_photos.Photos(split, crops if split == "train" else 0, _SIDE, seed)
     return {
-        "things": np.stack([_in_square(rgba) for _, rgba in found]),
-        "odds": np.cumsum(odds / odds.sum())[:-1],
-        "extents": np.array([_extent(rgba) for _, rgba in found], np.float32),
+        **bank_of_things(demo_scenes.cutouts(split)),
         "grounds": np.stack([demo_scenes.texture(split, _SIDE, rng) for _ in range(crops)]),
         "photos": np.stack([photos[i]["image_u8"] for i in range(len(photos))]),
+    }
+
+
+def bank_of_things(cutouts: Sequence[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The part of a bank that (label, uint8[H, W, 4]) make: things, odds, extents."""
+    labels = [label for label, _ in cutouts]
+    odds = np.array([1 / labels.count(label) for label in labels], np.float32)
+    return {
+        "things": np.stack([_in_square(rgba) for _, rgba in cutouts]),
+        "odds": np.cumsum(odds / odds.sum())[:-1],
+        "extents": np.array([_extent(rgba) for _, rgba in cutouts], np.float32),
     }
 
 
