@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax import saving
 from vlm_jax.data import image_files, images, records, streaming
 from vlm_jax.models import vqgan
 from vlm_jax.nn import functional
 from vlm_jax.ops import buckets
-from vlm_jax.weights import errors
+from vlm_jax.weights import errors, shipped
 from vlm_jax.weights import vqgan as vqgan_weights
 
 
@@ -49,18 +50,20 @@ def checked_config(
     return cfg
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageTokenizer:
+@dataclasses.dataclass(frozen=True, repr=False)
+class ImageTokenizer(saving.Model):
     """A VQGAN with its parameters.
 
     Attributes:
       cfg, params: of the network.
       max_batch: images per device call; the last bucket is filled up.
+      shipped: the name of weights that come with the package.
     """
 
     cfg: vqgan.VqganConfig
     params: Any
     max_batch: int = 16
+    shipped: str = ""
 
     @classmethod
     def load(
@@ -87,7 +90,25 @@ class ImageTokenizer:
         cfg = checked_config(
             name, side=side, codebook_size=codebook_size, tokens_per_image=tokens_per_image
         )
-        return cls(cfg, vqgan_weights.load(name, cfg)[1], max_batch)
+        shipped_as = str(name) if shipped.folder_of("vqgan", name) != name else ""
+        return cls(cfg, vqgan_weights.load(name, cfg)[1], max_batch, shipped_as)
+
+    def __repr__(self) -> str:
+        what = f"{self.side} px, {self.cfg.num_embeddings:,} codes"
+        return self._described(self.cfg, self.params, what)
+
+    def parts(self, *, copy_shipped: bool = True) -> saving.Parts:
+        """See `saving.Model.parts`."""
+        del copy_shipped  # a copy is what is asked for
+        return saving.Parts(
+            system="vqgan",
+            sections={"model": dataclasses.asdict(self.cfg)},
+            params=self.params,
+            dtype=saving.dtype_of(self.params),
+            source=self.source if self.source.name else saving.Source(self.shipped),
+            title=f"VQGAN, an image tokenizer of {self.cfg.num_embeddings:,} codes, "
+            f"{self.side} pixels",
+        )
 
     @property
     def side(self) -> int:

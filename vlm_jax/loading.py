@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from vlm_jax import commit_marker, compilation_cache, hardware, step_folders
+from vlm_jax import commit_marker, compilation_cache, hardware, saving, step_folders
 from vlm_jax import config as config_lib
 from vlm_jax import task as task_lib
 from vlm_jax.weights import convert, readers, shipped
@@ -21,9 +21,9 @@ def load(system: str, checkpoint: str, *, averaged: bool = True, **fields: Any) 
     Args:
       system: "lvm", "vqgan", ...
       checkpoint: a work directory of ours (its newest good checkpoint is taken) or one of its
-        step folders, a folder of `tools.export_run`, the name of weights that come with the
-        package ("tiny"), or released weights in any format that the system reads. A step is made
-        as its own meta.json says it was trained.
+        step folders, a folder of `model.save` or `tools.export_run`, the name of weights that come
+        with the package ("tiny"), or released weights in any format that the system reads. A step
+        is made as its own meta.json says it was trained.
       averaged: of a run that kept a moving average of its parameters, take that; False takes the
         raw ones.
       **fields: of the system's `from_run` or `from_upstream`, for example `tokenizer=`.
@@ -40,10 +40,14 @@ def load(system: str, checkpoint: str, *, averaged: bool = True, **fields: Any) 
     compilation_cache.enable()
     module = task_lib.resolve(system, "systems")
     path = pathlib.Path(shipped.folder_of(system, checkpoint)).expanduser()
-    if config := _config_of_export(path):
-        return _from_export(module, config, path, system, fields)
+    if config := saving.read_config(path):
+        _require_system(config["system"], system, checkpoint)
+        saving.check_files(path)
+        if "task" in config:
+            return _from_saved(module, config, path, fields)
     if not is_of_a_run(path):
-        return module.from_upstream(checkpoint, **fields)
+        model = module.from_upstream(checkpoint, **fields)
+        return _noted(model, saving.Source(pathlib.Path(checkpoint).name))
 
     from vlm_jax import checkpoints
 
@@ -59,26 +63,23 @@ def load(system: str, checkpoint: str, *, averaged: bool = True, **fields: Any) 
     task = module.make_task(config["model"], **config.get("task", {}))
     formatter = module.make_formatter(**config.get("formatter", {}))
     params = checkpoints.load_params(step, averaged=averaged)
-    return module.from_run(task, formatter, params, **fields)
+    source = saving.source_of_run(
+        step.folder.parent.parent.name, step.number, config, averaged and step.has_average
+    )
+    return _noted(module.from_run(task, formatter, params, **fields), source)
 
 
-def _config_of_export(path: pathlib.Path) -> dict[str, Any] | None:
-    """The sections beside the weights that `tools.export_run` wrote; None for other folders."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    sections = {"system", "model", "task", "formatter"}
-    return config if isinstance(config, dict) and sections <= set(config) else None
-
-
-def _from_export(module: Any, config: dict[str, Any], path, system: str, fields: Any) -> Any:
-    _require_system(config["system"], system, str(path))
+def _from_saved(module: Any, config: dict[str, Any], path: pathlib.Path, fields: Any) -> Any:
     task = module.make_task(config["model"], **config["task"])
     formatter = module.make_formatter(**config["formatter"])
     abstract = jax.eval_shape(task.init, jax.random.key(0))
     params = convert.convert(readers.read(path), convert.NATIVE_RULES, abstract)
-    return module.from_run(task, formatter, params, **fields)
+    model = module.from_run(task, formatter, params, **{**config.get("load", {}), **fields})
+    return _noted(model, saving.source_of(config))
+
+
+def _noted(model: Any, source: saving.Source) -> Any:
+    return model.comes_from(source) if isinstance(model, saving.Model) else model
 
 
 def is_of_a_run(path: pathlib.Path) -> bool:

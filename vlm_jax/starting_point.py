@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlm_jax import checkpoints, sharding
+from vlm_jax import checkpoints, saving, sharding
 from vlm_jax import config as config_lib
 from vlm_jax.nn import functional
 
@@ -94,7 +94,10 @@ def _layers(
     init: Any, task: Any, load_upstream: Callable | None, is_complete: Callable[[], bool]
 ) -> Iterator[tuple[str, Any]]:
     """(name, parameters), the most binding first; later ones are read only when needed."""
-    if init.run:
+    if init.run and saving.is_saved(init.run):
+        source = saving.source_of(saving.read_config(init.run))
+        yield f"init.run={init.run} ({source})", saving.read_params(init.run)
+    elif init.run:
         step = checkpoints.find(init.run)
         averaged = init.averaged and step.has_average
         name = f"init.run={init.run} (step {step.number}{', moving average' if averaged else ''})"

@@ -24,6 +24,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -555,6 +556,38 @@ def decode_form(params, cfg: LlamaConfig):
     execution = dict(fused=True, scan_layers=False, remat="none")
     decode_cfg = dataclasses.replace(cfg, dtype=dtype, param_dtype=dtype, **execution)
     return jax.jit(convert)(params), decode_cfg
+
+
+def training_form(params, cfg: LlamaConfig):
+    """Inverse of `decode_form`, on the host: (params, cfg) with stacked layers.
+
+    The dtype stays that of the decode layout. A training layout is returned as it is.
+    """
+    if not cfg.fused:
+        return params, cfg
+    heads = cfg.num_heads, cfg.head_size
+    kv_heads = cfg.kv_heads, cfg.head_size
+    ends = np.cumsum([math.prod(heads), math.prod(kv_heads)])
+
+    def layer(tree):
+        q, k, v = np.split(np.asarray(tree["attn"]["qkv"]["kernel"]), ends)
+        gate, up = np.split(np.asarray(tree["mlp"]["gate_up"]["kernel"]), 2)
+        kernels = {"q": q.T.reshape(-1, *heads), "k": k.T.reshape(-1, *kv_heads),
+                   "v": v.T.reshape(-1, *kv_heads),
+                   "o": np.asarray(tree["attn"]["o"]["kernel"]).T.reshape(*heads, -1)}  # fmt: skip
+        mlp = {"gate": gate.T, "up": up.T, "down": np.asarray(tree["mlp"]["down"]["kernel"]).T}
+        return {
+            "attn_norm": tree["attn_norm"],
+            "attn": {name: {"kernel": x} for name, x in kernels.items()},
+            "mlp_norm": tree["mlp_norm"],
+            "mlp": {name: {"kernel": x} for name, x in mlp.items()},
+        }
+
+    layers = [layer(params["layers"][str(i)]) for i in range(cfg.depth)]
+    out = {**params, "layers": jax.tree.map(lambda *xs: np.stack(xs), *layers)}
+    if not cfg.tie_embeddings:
+        out["lm_head"] = {"kernel": np.asarray(params["lm_head"]["kernel"]).T}
+    return out, dataclasses.replace(cfg, fused=False, scan_layers=True)
 
 
 def num_params(cfg: LlamaConfig) -> int:

@@ -1,11 +1,13 @@
-r"""Turns a run of vqgan or lvm into a small folder that `vlm_jax.load` and recipes read.
+r"""Turns a run into a folder to take away, which `vlm_jax.load` and recipes read.
 
     python -m vlm_jax.tools.export_run --workdir=runs/vqgan --to=my_tokenizer
     python -m vlm_jax.tools.export_run --workdir=runs/lvm --to=my_lvm
+    python -m vlm_jax.tools.export_run --workdir=runs/nxtp --to=my_nxtp --dtype=float32
 
-Writes params.safetensors and config.json. Halving the precision moves a few ids of a tokenizer to
-a neighbouring code: tokenize with the exported weights, never with the run and its export side by
-side. The folder of an lvm names its tokenizer, which stays where it is.
+What `model.save` writes: parameters, config.json, the tokenizer and a card; a tokenizer that comes
+with the package ("tiny") is named, not copied. Halving the precision moves a few ids of a tokenizer
+to a neighbouring code: tokenize with the exported weights, never with the run and its export side
+by side.
 """
 
 from __future__ import annotations
@@ -23,15 +25,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="export_run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, help="of a run of vqgan or lvm")
-    parser.add_argument("--to", required=True, help="folder to write; holds no weights yet")
+    parser.add_argument("--workdir", required=True, help="of the run")
+    parser.add_argument("--to", required=True, help="folder to write")
     parser.add_argument("--dtype", default="float16", choices=("float32", "bfloat16", "float16"))
     text = "the moving average where the run kept one; --no-averaged takes the raw parameters"
     action = argparse.BooleanOptionalAction
     parser.add_argument("--averaged", action=action, default=True, help=text)
+    parser.add_argument("--tokenizer", default="", help="in place of the one that the run names")
     args = parser.parse_args(argv)
+    fields = dict(dtype=args.dtype, averaged=args.averaged, tokenizer=args.tokenizer)
     try:
-        written = export(args.workdir, args.to, dtype=args.dtype, averaged=args.averaged)
+        written = export(args.workdir, args.to, **fields)
     except (ValueError, OSError) as error:
         print(f"export_run: {error}", file=sys.stderr)
         return 1
@@ -41,48 +45,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(
-    workdir: str, folder: str, *, dtype: str = "float16", averaged: bool = True
+    workdir: str,
+    folder: str,
+    *,
+    dtype: str = "float16",
+    averaged: bool = True,
+    tokenizer: str = "",
 ) -> dict[str, str]:
-    """Writes the parameters of the newest good checkpoint.
+    """Writes the newest good checkpoint as a model to take away; see `saving`.
 
     Args:
       workdir: of the run.
-      folder: must not hold weights yet.
+      folder: new, empty, or of an earlier export.
       dtype: of the file.
       averaged: take the moving average where the run kept one.
+      tokenizer: in place of the one that the run names.
 
     Returns:
-      File name -> sha256.
+      File name -> sha256, of the files of parameters.
 
     Raises:
-      ValueError: nothing good is there, a run of another system, or values that the dtype cannot
-        hold.
-      FileExistsError: the folder holds weights.
+      ValueError: nothing good is there, or values that the dtype cannot hold.
+      FileExistsError: the folder holds other things.
     """
-    from vlm_jax import checkpoints
-    from vlm_jax import task as task_lib
-    from vlm_jax.weights import export as export_lib
+    from vlm_jax import checkpoints, loading
 
     try:
-        step = checkpoints.find(workdir)
+        system = checkpoints.find(workdir).config["system"]
+        fields = {"tokenizer": tokenizer} if tokenizer else {}
+        if system != "vqgan":
+            fields["dtype"] = "float32"  # parameters are rounded once, in the file
+        model = loading.load(system, workdir, averaged=averaged, **fields)
     except checkpoints.CheckpointError as error:
         raise ValueError(str(error)) from error
-    recipe = step.config
-    system = recipe["system"]
-    if system not in ("vqgan", "lvm"):
-        raise ValueError(
-            f"{workdir} is a run of the system {system!r}, not of 'vqgan' or 'lvm'; "
-            "python -m vlm_jax.tools.convert_weights writes the weights of the others"
-        )
-    module = task_lib.resolve(system, "systems")
-    cfg = module.make_task(recipe["model"], **recipe.get("task", {})).cfg
-    params = checkpoints.load_params(step, averaged=averaged)
-    exported = export_lib.native(system, params, cfg, dtype)
-    if system == "lvm":  # a tokenizer is its network, a language model has a task besides
-        exported.files["config.json"].update(
-            {key: recipe.get(key, {}) for key in ("task", "formatter")}
-        )
-    return export_lib.write(folder, exported)
+    return model.save(folder, dtype=dtype, copy_shipped=False)
 
 
 if __name__ == "__main__":

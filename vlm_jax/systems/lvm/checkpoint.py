@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from vlm_jax import image_tokenizer
+from vlm_jax import image_tokenizer, saving
 from vlm_jax.models import llama
 from vlm_jax.systems.lvm import model
 
@@ -49,6 +49,7 @@ def from_run(
         context_images=context_images or task.context_images + 1,
         # What a row begins with: BOS, in the usual field list.
         lead_ids=formatter.encode({"tokens": b""})[0][: task.lead_tokens],
+        sections={"task": saving.section_of(task), "formatter": saving.section_of(formatter)},
     )
 
 

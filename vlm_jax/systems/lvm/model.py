@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from vlm_jax import image_tokenizer
+from vlm_jax import image_tokenizer, saving
 from vlm_jax.data import images, streaming
 from vlm_jax.decoding import generate, sampling
 from vlm_jax.models import llama
@@ -32,7 +32,7 @@ MAX_ROWS = 32  # sequences per device call
 MAX_SCORED = 2**16  # tokens per device call of `perplexity`; 16 rows of 4,096
 
 
-class Lvm:
+class Lvm(saving.Model):
     """A language model over visual ids with its image tokenizer.
 
     Args:
@@ -41,6 +41,7 @@ class Lvm:
       context_images: images that a sequence holds, prompt and answer together; 16 upstream.
       lead_ids: ids in front of every prompt. The reference puts none there, although training
         had BOS; runs of our own continue as they were trained.
+      sections: "task" and "formatter" of the run's recipe, for `save`.
     """
 
     def __init__(
@@ -51,15 +52,53 @@ class Lvm:
         *,
         context_images: int = 16,
         lead_ids: Sequence[int] = (),
+        sections: Mapping[str, Mapping[str, Any]] | None = None,
     ):
         if context_images < 2:
             raise ValueError(f"context_images={context_images}: a prompt and an answer need 2")
         self.tokenizer = tokenizer
         self.context_images = context_images
         self.lead_ids = tuple(lead_ids)
+        self._sections, self._stored = dict(sections or {}), saving.dtype_of(params)
         self.params, self.cfg = llama.decode_form(params, cfg)
         self._network = functional.Functional(lambda rngs: llama.Llama(self.cfg, rngs))
         self._generators: dict[Any, Any] = {}
+
+    def __repr__(self) -> str:
+        return self._described(self.cfg, self.params, f"context {self.cfg.max_tokens}")
+
+    def parts(self, *, copy_shipped: bool = True) -> saving.Parts:
+        """See `saving.Model.parts`."""
+        params, cfg = llama.training_form(self.params, self.cfg)
+        codes, inner, name = self.tokenizer.cfg, {}, self.tokenizer.shipped
+        if copy_shipped or not name:
+            inner, name = {"tokenizer": self.tokenizer.parts()}, "{workdir}/tokenizer"
+        task = dict(
+            codebook_size=codes.num_embeddings,
+            tokens_per_image=codes.tokens_per_image,
+            context_images=self.context_images - 1,
+            lead_tokens=len(self.lead_ids),
+            tokenizer=name,
+            image_side=codes.resolution,
+        )
+        fields = ",".join([*(f"<|{i}|>" for i in self.lead_ids), "{tokens}"])
+        formatter = dict(fields=fields, vocab_size=cfg.vocab_size)
+        # On a CPU they are held in more precision than they came in.
+        held = self._stored if cfg.dtype == "float32" else cfg.dtype
+        return saving.Parts(
+            system="lvm",
+            sections={
+                "model": dataclasses.asdict(cfg),
+                "task": {**self._sections.get("task", {}), **task},
+                "formatter": self._sections.get("formatter", formatter),
+            },
+            params=params,
+            dtype=held,
+            inner=inner,
+            source=self.source,
+            title=f"LVM, a LLaMA over visual sentences, {saving.count_of(params)} parameters",
+            casts=True,
+        )
 
     def continue_(
         self,

@@ -14,13 +14,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax import saving
 from vlm_jax.data import images as images_lib
 from vlm_jax.data import streaming
 from vlm_jax.decoding import label_lists, one_shot
@@ -36,13 +37,14 @@ MAX_TOKENS = 19  # of a label; upstream: max_update_iter - 1
 RANKINGS = tuple(name for name in label_lists.RANKINGS if not name.startswith("sim"))
 
 
-class Nxtp:
+class Nxtp(saving.Model):
     """The network with its tokenizer.
 
     Args:
       cfg, params: of the network, in the training layout.
       words: the vocabulary.
       prompt: what the labels follow.
+      sections: "task" and "formatter" of the run's recipe, for `save`.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Nxtp:
         words: vocabulary.Vocabulary,
         *,
         prompt: str = vocabulary.PROMPTS[0],
+        sections: Mapping[str, Mapping[str, Any]] | None = None,
     ):
         if words.size != cfg.decoder.vocab_size:
             raise ValueError(
@@ -59,6 +62,7 @@ class Nxtp:
                 f"{cfg.decoder.vocab_size}; give the tokenizer that it was trained with"
             )
         self.cfg, self.words, self.params = cfg, words, params
+        self._prompt_text, self._sections = prompt, dict(sections or {})
         self._prompt = np.array(words.prompt(prompt), np.int32)
         self._network, self._image_half = network_lib.make(cfg), network_lib.make_image_half(cfg)
         decode_params, decode_cfg = llama.decode_form(params["decoder"], cfg.decoder)
@@ -66,6 +70,36 @@ class Nxtp:
         image_params = {name: params[name] for name in ("vision", "projection")}
         self._halves = jax.device_put(image_params), decode_params
         self._compiled: dict[Any, Any] = {}
+
+    def __repr__(self) -> str:
+        return self._described(self.cfg.decoder, self.params)
+
+    def parts(self, *, copy_shipped: bool = True) -> saving.Parts:
+        """See `saving.Model.parts`."""
+        del copy_shipped  # nothing in it comes with the package
+        file, write = self.words.file()
+        task, formatter = (dict(self._sections.get(name, {})) for name in ("task", "formatter"))
+        task |= dict(delimiter_id=self.words.delimiter_id, tokenizer=f"{{workdir}}/{file}")
+        formatter |= dict(tokenizer=f"{{workdir}}/{file}", image_size=self.cfg.vision.image_size)
+        return saving.Parts(
+            system="nxtp",
+            sections={
+                "model": network_lib.section_of(self.cfg),
+                "task": task,
+                "formatter": formatter,
+                "load": {"prompt": self._prompt_text},
+            },
+            params=self.params,
+            dtype=saving.dtype_of(self.params),
+            files=write,
+            source=self.source,
+            title=f"NXTP, labels of photos, {saving.count_of(self.params)} parameters",
+        )
+
+    def save(self, *args: Any, **kwargs: Any) -> dict[str, str]:
+        """See `saving.Model.save`."""
+        vocabulary.load.cache_clear()  # a tokenizer of the same path may be replaced
+        return super().save(*args, **kwargs)
 
     def label(
         self,
@@ -228,17 +262,32 @@ class Nxtp:
         return format_lib.crop(images_lib.as_image(image, name=name), side)
 
 
-def from_run(task: Any, formatter: Any, params: Any, *, tokenizer: str = "", dtype: str = ""):
+def from_run(
+    task: Any,
+    formatter: Any,
+    params: Any,
+    *,
+    tokenizer: str = "",
+    prompt: str = "",
+    dtype: str = "",
+) -> Nxtp:
     """An Nxtp from a run of our own; `vlm_jax.load` calls it.
 
     Args:
       task, formatter: as the run was configured.
       params: of its newest good checkpoint.
       tokenizer: file; "" takes what the run was configured with.
+      prompt: what the labels follow; "" is the first of those that training draws from.
       dtype: compute dtype; "" is bfloat16 on an accelerator, float32 on a CPU.
     """
     words = vocabulary.load(tokenizer or formatter.tokenizer)
-    return Nxtp(_computed_in(task.cfg, dtype), params, words)
+    return Nxtp(
+        _computed_in(task.cfg, dtype),
+        params,
+        words,
+        prompt=prompt or vocabulary.PROMPTS[0],
+        sections={"task": saving.section_of(task), "formatter": saving.section_of(formatter)},
+    )
 
 
 def from_upstream(

@@ -69,6 +69,14 @@ DECODERS = {  # paper, table 3; 1.78 B parameters with six blocks
 }
 VISIONS = {**clip.VISION_PRESETS, **vgg_tower.PRESETS}
 
+
+def section_of(cfg: NxtpConfig) -> dict[str, dict]:
+    """`config.model` that makes this config; the preset says which kind of tower it is."""
+    preset = next(name for name, tower in VISIONS.items() if type(tower) is type(cfg.vision))
+    vision = {"preset": preset, **dataclasses.asdict(cfg.vision)}
+    return {"vision": vision, "decoder": dataclasses.asdict(cfg.decoder)}
+
+
 SHARDING_RULES = (
     *(
         (rule.replace("^", "^vision/", 1), spec)

