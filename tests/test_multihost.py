@@ -82,7 +82,7 @@ def test_one_that_never_comes(numbers, tmp_path, monkeypatch):
     monkeypatch.setenv("VLM_JAX_JOIN_TIMEOUT_S", "5")
     first, second = tiny_system.start_pair(tmp_path, numbers, _steps(30))
     second.stop(signal.SIGKILL)
-    assert first.finish(60.0) == 2, first.said()
+    assert first.finish(60.0) == 3, first.said()
     assert "process 1" in first.said() and "Traceback" not in first.said()
     assert not (tmp_path / "checkpoints").exists()
 

@@ -19,6 +19,8 @@ from vlm_jax import config as config_lib
 from vlm_jax import peers as peers_lib
 from vlm_jax import process_end
 
+# All are there already; who dies just now makes jax itself abort the others, without a message.
+_CONNECT_TIMEOUT_S = 30
 JOIN_TIMEOUT = "VLM_JAX_JOIN_TIMEOUT_S"  # environment: seconds for all processes to come
 
 
@@ -34,7 +36,8 @@ def job(
     well waits for the others' blocks to end well.
 
     Raises:
-      ConfigError: values that do not go together, or processes that do not come.
+      ConfigError: values that do not go together.
+      PeerMissing: processes that do not come.
     """
     address = _find(coordinator, num_processes, process_id)
     if address is None:
@@ -112,6 +115,7 @@ def _join(coordinator: str, num_processes: int, process_id: int, devices: Any) -
             num_processes,
             process_id,
             local_device_ids=devices,
+            initialization_timeout=_CONNECT_TIMEOUT_S,
         )
     return peers
 
@@ -160,7 +164,7 @@ def _service_elsewhere() -> Iterator[None]:
 
 
 def _join_timeout_s() -> float:
-    text = os.environ.get(JOIN_TIMEOUT) or "45"
+    text = os.environ.get(JOIN_TIMEOUT) or "40"
     try:
         return float(text)
     except ValueError:

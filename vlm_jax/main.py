@@ -13,7 +13,8 @@ those shipped with the package, which recipes anywhere import by `from configs i
 
 Exit status: 0 done, or saved because SIGTERM or Ctrl-C asked to stop; 1 an error in the code, or
 evaluations that failed; 2 something to mend (the message says what); 3 another process of the job
-failed (its message is repeated); 130 and 143 Ctrl-C and SIGTERM before there was anything to save.
+failed (its message is repeated) or never came; 130 and 143 Ctrl-C and SIGTERM before there was
+anything to save.
 """
 
 import argparse

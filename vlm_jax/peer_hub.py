@@ -180,8 +180,8 @@ class Hub:
         some = ", ".join(missing[:8]) + (", ..." if missing[8:] else "")
         self._fail(
             f"process {some}" if len(missing) == 1 else f"{len(missing)} processes ({some})",
-            f"not there within {self._join_timeout_s:g} s of {self._num_processes} processes; see "
-            f"what it says on its own host",
+            f"did not come within {self._join_timeout_s:g} s, of {self._num_processes} in all; see "
+            "what it says on its own host",
         )
 
     def _fail(self, name: str, error: str, status: int | None = None) -> None:

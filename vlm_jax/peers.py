@@ -21,7 +21,13 @@ _FIRST_CAUSE_S = 2.0  # that another process failed first is known by then
 
 
 class JoinError(ValueError):
-    """The processes of a job did not come together; the message says who is missing."""
+    """This process cannot take part in the job; the message says why."""
+
+
+class PeerMissing(RuntimeError):
+    """Another process did not come, or failed before all were there; the message says which."""
+
+    exit_status = process_end.PEER_FAILED
 
 
 class Peers:
@@ -36,8 +42,8 @@ class Peers:
       jax_port: where jax's coordination service listens, on the same host.
 
     Raises:
-      JoinError: nobody answers there, another process is missing or fails, or the hub does not
-        want this one.
+      PeerMissing: nobody answers there, or another process is missing or fails.
+      JoinError: the hub does not want this one.
     """
 
     def __init__(self, host: str, port: int, process_id: int, num_processes: int, timeout_s: float):
@@ -102,12 +108,13 @@ class Peers:
             line = b""
         self._socket.settimeout(None)
         if not line:
-            raise JoinError(f"process 0 at {host}:{port} has gone while the others were waited for")
+            raise PeerMissing(f"process 0 at {host}:{port} is gone; the others were waited for")
         message = json.loads(line)
         if message["kind"] == "join":
             return message["port"]
-        who = f"{message['name']}: " if "name" in message else ""
-        raise JoinError(f"this job of several processes does not start. {who}{message['error']}")
+        if message["kind"] == "refused":
+            raise JoinError(message["error"])
+        raise PeerMissing(f"the job does not start: {message['name']}: {message['error']}")
 
     def _listen(self) -> None:
         while line := self._read_line():
@@ -163,7 +170,7 @@ def _connect(host: str, port: int, timeout_s: float) -> socket.socket:
             connection = socket.create_connection((host, port), timeout=5.0)
         except OSError as error:
             if time.monotonic() > end_s:
-                raise JoinError(
+                raise PeerMissing(
                     f"process 0 does not answer at {host}:{port} within {timeout_s:g} s ({error}): "
                     "is it running, and is --coordinator the same on every process?"
                 ) from None

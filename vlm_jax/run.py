@@ -20,6 +20,7 @@ from vlm_jax import (
     evaluate_alone,
     hardware,
     optim,
+    peers,
     provenance,
     resume,
     scores,
@@ -45,6 +46,7 @@ USER_ERRORS = (
     train.TrainingStopped,
     scores.EvaluationError,
     workdir_lock.WorkdirInUse,
+    peers.PeerMissing,
 )
 
 
