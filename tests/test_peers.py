@@ -13,10 +13,10 @@ from vlm_jax import distributed, peer_hub, peers, process_end, stop_signal
 class Job:
     """A hub on a thread, and whatever joins it."""
 
-    def __init__(self, num_processes, join_timeout_s=20.0):
+    def __init__(self, num_processes, join_timeout_s=20.0, parent=None):
         listener = socket.create_server(("127.0.0.1", 0))
         self.port, self.num_processes = listener.getsockname()[1], num_processes
-        hub = peer_hub.Hub(listener, num_processes, join_timeout_s, lambda: 4242)
+        hub = peer_hub.Hub(listener, num_processes, join_timeout_s, lambda: 4242, parent)
         self.hub = threading.Thread(target=hub.serve, daemon=True)
         self.hub.start()
 
@@ -106,6 +106,18 @@ def test_one_that_never_comes(ends):
     (error,) = Job(3, join_timeout_s=0.1).join(1)
     assert isinstance(error, peers.PeerMissing) and error.exit_status == process_end.PEER_FAILED
     assert "2 processes (0, 2): did not come within 0.1 s, of 3 in all" in str(error)
+
+
+def test_the_first_process_ends_before_all_are_there(ends):
+    reads, writes = socket.socketpair()
+    job, found = Job(2, parent=reads), []
+    waiting = threading.Thread(target=lambda: found.extend(job.join(1)))
+    waiting.start()
+    time.sleep(0.2)
+    writes.close()
+    waiting.join(30)
+    assert isinstance(found[0], peers.PeerMissing)
+    assert "process 0: it ended before all processes were there" in str(found[0])
 
 
 def test_nobody_answers():

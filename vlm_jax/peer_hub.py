@@ -61,7 +61,8 @@ class Hub:
         self._start_service = start_service
         self._peers: list[_Peer] = []
         self._joined = self._asked_to_stop = self._has_parent = False
-        self._ends_at_s: float | None = None  # set by the first failure
+        self._failure: dict[str, Any] = {}  # the first, and
+        self._ends_at_s: float | None = None  # when the hub ends because of it
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
         if parent is not None:
@@ -149,6 +150,8 @@ class Hub:
     def _lose_parent(self, parent: Any) -> None:
         self._selector.unregister(parent)
         self._has_parent = False
+        if not self._joined:
+            self._fail("process 0", "it ended before all processes were there")
 
     # ---- the job ----------------------------------------------------------------------------
 
@@ -166,7 +169,9 @@ class Hub:
             return
         peer.index = index
         peer.name = f"process {index} (host {hello.get('host')}, process id {hello.get('pid')})"
-        if len(self._members()) == self._num_processes:
+        if self._failure:
+            self._tell(peer, self._failure)
+        elif len(self._members()) == self._num_processes:
             port = self._start_service()
             self._joined = True
             self._tell_all({"kind": "join", "port": port})
@@ -187,7 +192,8 @@ class Hub:
     def _fail(self, name: str, error: str, status: int | None = None) -> None:
         if self._ends_at_s is None:  # what fails later fails because of the first
             self._ends_at_s = time.monotonic() + _LINGER_S
-            self._tell_all({"kind": "failed", "name": name, "error": error, "status": status})
+            self._failure = {"kind": "failed", "name": name, "error": error, "status": status}
+            self._tell_all(self._failure)
 
     def _tell_all(self, message: Mapping[str, Any]) -> None:
         for peer in self._members():

@@ -101,7 +101,7 @@ class Peers:
     # ---- the thread -------------------------------------------------------------------------
 
     def _wait_for_all(self, host: str, port: int, timeout_s: float) -> int:
-        self._socket.settimeout(timeout_s + 10.0)  # the hub gives up earlier, and says why
+        self._socket.settimeout(timeout_s + 30.0)  # the hub gives up earlier, and says why
         try:
             line = self._lines.readline()
         except OSError:
