@@ -1,12 +1,21 @@
-"""What often lies where a large file should be: a pointer, a web page, nothing."""
+"""What may lie where a large file should be: a pointer, a web page, a pipe, nothing."""
 
 from __future__ import annotations
 
 import os
+import stat
 
 
 def not_data(path: str | os.PathLike) -> str:
-    """Why the file cannot be what its name says, as the end of a sentence; "" when it may be."""
+    """Why the file cannot be what its name says, as the end of a sentence; "" when it may be.
+
+    Raises:
+      OSError: missing, or not readable.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):  # opening a pipe would wait for somebody to write
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        return f"is {kind}, not a file"
     with open(path, "rb") as file:
         begin = file.read(512)
     if not begin:

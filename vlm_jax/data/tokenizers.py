@@ -138,7 +138,7 @@ def special_tokens(path: str | os.PathLike) -> dict[str, str]:
       DataError: such a file is there and is not JSON.
     """
     file = pathlib.Path(path).parent / "tokenizer_config.json"
-    if not file.exists():
+    if not file.is_file():
         return {}
     try:
         fields = dict(json.loads(file.read_text(encoding="utf-8-sig")))

@@ -8,14 +8,16 @@ from __future__ import annotations
 import collections
 import dataclasses
 import io
+import itertools
 import json
 import math
 import pathlib
 import pickletools
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlm_jax.data import file_kind
 from vlm_jax.weights import errors
 
 MAX_JSON_BYTES = 100 * 10**6  # of a header or a config; the safetensors format has the same limit
@@ -30,6 +32,7 @@ _MAX_OF = {
     "head_width": 2**12, "vocab_size": 2**31 - 1, "num_embeddings": 2**31 - 1,
     "max_tokens": 2**31 - 1,
 }  # fmt: skip
+_RANGE_OF = {"rope_theta": (1, 1e12), "rms_eps": (0, 1), "norm_eps": (0, 1)}
 _DTYPES = ("float32", "bfloat16", "float16")
 _MAX_LEVELS = 16  # entries of a tuple of sizes
 
@@ -75,8 +78,28 @@ def check_view(
     last = offset + sum(step * (n - 1) for step, n in zip(strides, shape))
     if size and (last >= available or size > available):
         raise errors.WeightsError(
-            f"{what} reaches element {last} (of {size} in all) of a storage of {available}"
+            f"{what} reaches element {last} (of {size} in all) of a storage of {available}; "
+            "where it was made, save the values themselves (torch: tensor.clone()), not a view"
         )
+
+
+def check_apart(spans: Mapping[str, tuple[int, int]], what: str) -> None:
+    """Refuses tensors that share bytes: every writer lays them one behind another.
+
+    Args:
+      spans: (first byte, byte behind the last) by name.
+      what: names the file.
+
+    Raises:
+      WeightsError: two of them overlap.
+    """
+    placed = sorted((begin, end, name) for name, (begin, end) in spans.items() if begin < end)
+    for (_, end, name), (begin, _, other) in itertools.pairwise(placed):
+        if begin < end:
+            raise errors.WeightsError(
+                f"{what}: {other} begins at byte {begin}, {name} ends at {end}: damaged, since no "
+                "two tensors share bytes; fetch it again"
+            )
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
@@ -101,6 +124,8 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
       WeightsError: see `parse_json`; the message names the file.
       FileNotFoundError: there is none.
     """
+    if reason := file_kind.not_data(file):
+        raise errors.WeightsError(f"{file} {reason}")
     if (size := file.stat().st_size) > MAX_JSON_BYTES:
         raise errors.WeightsError(f"{file}: {size:,} bytes are too many for a JSON file")
     try:
@@ -134,7 +159,9 @@ def make_config(cls: type, **fields: Any) -> Any:
                 good, wanted = is_count(value) and least <= value <= most, f"{least} to {most:,}"
             case "float":
                 number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                good, wanted = number and math.isfinite(value), "a number"
+                least, most = _RANGE_OF.get(name, (0, 1e30))
+                good, wanted = number and least <= value <= most, f"{least} to {most:g}"
+                fields[name] = float(value) if good else value
             case "bool":
                 good, wanted = isinstance(value, bool), "true or false"
             case "tuple[int, ...]":
@@ -148,7 +175,7 @@ def make_config(cls: type, **fields: Any) -> Any:
             case _:
                 good, wanted = True, ""
         if not good:
-            raise errors.WeightsError(f"{name} is {str(value)[:40]}, not {wanted}")
+            raise errors.WeightsError(f"{name} is {value!r:.40}, not {wanted}")
     return cls(**fields)
 
 

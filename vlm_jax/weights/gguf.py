@@ -71,10 +71,12 @@ def read(path: str | os.PathLike) -> lazy.Tensors:
     if not bounds.is_count(alignment) or not alignment:
         raise errors.WeightsError(f"{path}: general.alignment is {alignment!r}, not a size")
     start = -(-cursor.offset // alignment) * alignment
-    loaders = {
-        name: _loader(_span(data, path, name, start, *info), info[1], info[0])
-        for name, info in infos.items()
-    }
+    loaders, spans = {}, {}
+    for name, (shape, kind, offset) in infos.items():
+        raw = _span(data, path, name, start, shape, kind, offset)
+        spans[name] = offset, offset + len(raw)
+        loaders[name] = _loader(raw, kind, shape)
+    bounds.check_apart(spans, str(path))
     return lazy.Tensors(loaders, str(path), metadata)
 
 

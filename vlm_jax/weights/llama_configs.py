@@ -16,6 +16,8 @@ from vlm_jax.weights import bounds, convert, errors, llama_layouts
 def config_from_hf(fields: Mapping[str, Any]) -> llama.LlamaConfig:
     """A transformers config.json -> our config. Variants that we do not compute are refused."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}  # v5, v4
+    if not isinstance(rope, dict):
+        raise errors.WeightsError(f"rope_scaling is {rope!r:.40}, not an object")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if any(isinstance(value, dict) for value in rope.values()):
         kind = "one for each kind of layer"
@@ -25,7 +27,7 @@ def config_from_hf(fields: Mapping[str, Any]) -> llama.LlamaConfig:
         "attention_bias": bool(fields.get("attention_bias")),
         "mlp_bias": bool(fields.get("mlp_bias")),
         "rope_scaling": kind != "default",
-        "partial_rotary_factor": rope.get("partial_rotary_factor", 1) != 1,
+        "partial_rotary_factor": (fields | rope).get("partial_rotary_factor", 1) != 1,
     }
     if any(wrong.values()):
         found = {key: fields.get(key, rope.get(key, kind)) for key, bad in wrong.items() if bad}
@@ -44,12 +46,12 @@ def config_from_hf(fields: Mapping[str, Any]) -> llama.LlamaConfig:
         num_kv_heads=fields.get("num_key_value_heads") or 0,
         head_width=fields.get("head_dim") or 0,
         # Absent keys mean what transformers' LlamaConfig means by them.
-        rope_theta=float(rope.get("rope_theta") or fields.get("rope_theta") or 1e4),
+        rope_theta=_or(rope.get("rope_theta"), _or(fields.get("rope_theta"), 1e4)),
         rms_eps=_or(fields.get("rms_norm_eps"), 1e-6),
         max_tokens=_or(
             fields.get("max_position_embeddings"), _or(fields.get("max_sequence_length"), 2048)
         ),
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        tie_embeddings=_or(fields.get("tie_word_embeddings"), False),
     )
     return _normal(cfg)
 
@@ -111,7 +113,7 @@ def config_from_meta(fields: Mapping[str, Any], vocab_size: int) -> llama.LlamaC
         mlp_width=-(-hidden // multiple) * multiple,
         num_heads=fields["n_heads"],
         num_kv_heads=fields.get("n_kv_heads") or 0,
-        rope_theta=float(fields.get("rope_theta") or 1e4),
+        rope_theta=_or(fields.get("rope_theta"), 1e4),
         rms_eps=fields.get("norm_eps", 1e-5),
     )
     return _normal(cfg)

@@ -41,7 +41,9 @@ from vlm_jax.weights import (
 _KINDS = ((".safetensors", "model.safetensors"), (".bin", "pytorch_model.bin"),
           *((suffix, "") for suffix in (*torch_file.SUFFIXES[1:], ".gguf")))  # fmt: skip
 # Beside the weights in the folder of a training run; adapters are told apart below.
-_NOT_WEIGHTS = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|rng_state.*)\.\w+")
+_NOT_WEIGHTS = re.compile(
+    r"training_args\.bin|(optimizer|scheduler|scaler|sampler)(_\d+)?\.\w+|rng_state.*\.\w+"
+)
 _COPY = re.compile(r"consolidated\..*")  # the same weights once more, in Meta's names
 _ADAPTER = re.compile(r"adapter_model\.(safetensors|bin)")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
@@ -155,7 +157,10 @@ def _weights_in(folder: pathlib.Path) -> pathlib.Path | list[pathlib.Path]:
         )
     if not found:
         suffixes = ", ".join(f"*{suffix}" for suffix, _ in _KINDS)
-        raise FileNotFoundError(f"{folder} holds no weights; looked for {suffixes}")
+        there = ", ".join(sorted(f"{file.name:.60}" for file in folder.iterdir())[:8])
+        raise FileNotFoundError(
+            f"{folder} holds no weights; looked for {suffixes}, found {there or 'nothing'}"
+        )
     shards = [_SHARD.fullmatch(file.name) for file in found]
     if len(found) == 1 and not shards[0]:
         return found[0]

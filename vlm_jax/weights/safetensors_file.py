@@ -45,6 +45,7 @@ def read(file: pathlib.Path) -> lazy.Tensors:
     metadata = header.pop("__metadata__", {})
     start = 8 + length
     entries = {name: _entry(name, info, file, size - start) for name, info in header.items()}
+    bounds.check_apart({name: entry[2:] for name, entry in entries.items()}, str(file))
     data = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))[start:]
 
     def loader(dtype, shape, begin, end):

@@ -21,7 +21,7 @@ from vlm_jax.weights import bounds, convert, errors, lazy
 
 SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 # Files of a training run hold the weights under one of these, beside counters and moments.
-_STATE = ("state_dict", "model")
+_STATE = ("state_dict", "model", "model_state_dict", "module")
 _MAX_NESTED = 4
 # torch's name of a dtype that numpy has not -> ours. Others go through torch's own conversion.
 _FOREIGN = {
@@ -41,10 +41,9 @@ def read(file: pathlib.Path) -> lazy.Tensors:
     with open(file, "rb") as stream:
         is_zip = stream.read(2) == b"PK"  # files written by torch before 1.6 are not, nor mappable
     try:
-        if is_zip:
-            _check_archive(file)
+        mapped = is_zip and _check_archive(file)
         with torch.serialization.safe_globals(_harmless()):
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds, all mean: not a plain file of tensors
         raise errors.WeightsError(
             f"{file}: refused: not a plain, complete file of tensors ({_reason(error)}). Nothing "
@@ -57,6 +56,8 @@ def read(file: pathlib.Path) -> lazy.Tensors:
     others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise errors.WeightsError(f"{file}: not a state dict: {others[:5]} are not tensors")
+    if len(set(map(str, state))) < len(state):
+        raise errors.WeightsError(f"{file}: numbers and texts among its names mean the same")
     return lazy.Tensors(
         {str(name): _loader(tensor, f"{file}: {name}") for name, tensor in state.items()},
         source,
@@ -130,12 +131,14 @@ def _harmless() -> list[Any]:
     return [argparse.Namespace, np.dtype, *kinds, *((scalar, name) for name in names)]
 
 
-def _check_archive(file: pathlib.Path) -> None:
+def _check_archive(file: pathlib.Path) -> bool:
+    """Whether the file may be mapped: torch would take compressed bytes for values."""
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             bounds.check_member(archive, member)
             if member.filename.endswith("data.pkl"):
                 bounds.check_pickle(archive.read(member))
+        return all(x.compress_type == zipfile.ZIP_STORED for x in archive.infolist())
 
 
 def _state_in(state: Any, source: str) -> tuple[Any, str]:
@@ -163,7 +166,7 @@ def _loader(tensor: Any, what: str) -> lazy.Loader:
     def load() -> np.ndarray:
         import torch
 
-        x = tensor.detach()
+        x = tensor.detach().resolve_conj().resolve_neg()
         if kind in _FOREIGN:
             bits = {1: torch.uint8, 2: torch.int16}[x.element_size()]
             return x.contiguous().view(bits).numpy().view(_FOREIGN[kind])

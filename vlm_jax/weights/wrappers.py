@@ -48,12 +48,19 @@ def unwrapped(tensors: lazy.Tensors) -> lazy.Tensors:
         )
     if any(_INSIDE.search(name) for name in tensors):
         tensors = tensors.renamed(lambda name: _INSIDE.sub("", name))
-    while front := next((f for f in _FRONT if _all_begin(tensors, f)), ""):
+    while front := _front(tensors):
         tensors = tensors.renamed(lambda name, front=front: name.removeprefix(front))
-    if _all_begin(tensors, "model.") and any(name.startswith("model.model.") for name in tensors):
-        # A LightningModule with the network as `self.model`.
-        tensors = tensors.renamed(lambda name: name.removeprefix("model."))
     return _multiplied(tensors)
+
+
+def _front(tensors: lazy.Tensors) -> str:
+    """What a wrapper put in front of every name, or ""."""
+    for front in _FRONT:
+        if _all_begin(tensors, front):
+            return front
+    # A LightningModule with the network as `self.model`.
+    twice = any(name.startswith(("model.model.", "model.module.")) for name in tensors)
+    return "model." if twice and _all_begin(tensors, "model.") else ""
 
 
 def _all_begin(tensors: lazy.Tensors, front: str) -> bool:
