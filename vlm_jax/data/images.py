@@ -92,6 +92,8 @@ def of_record(record: Mapping[str, Any]) -> np.ndarray:
             raise records.BadRecordError(
                 f"image_u8 is {value.dtype}{list(value.shape)}, not uint8[H, W, 3]"
             )
+        if value.size:
+            return np.ascontiguousarray(value)
     return as_image(value, name=str(record.get("id", "")), reach="files")
 
 

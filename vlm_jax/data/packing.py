@@ -21,6 +21,7 @@ below that leaves rests of a few tokens. With T = 4:
 
 from __future__ import annotations
 
+import bisect
 import functools
 import threading
 from collections.abc import Callable, Iterable
@@ -66,6 +67,7 @@ class StreamPlan:
 
     def __init__(self, lengths: np.ndarray, shuffle: order.Shuffle, row_tokens: int):
         self.lengths, self._shuffle, self._row_tokens = lengths, shuffle, row_tokens
+        self._positions = np.arange(row_tokens, dtype=np.int32)
         self._total = int(lengths.sum())
         if self._total < 2:
             raise records.DataError(f"{shuffle.name!r}: {self._total} tokens cannot be trained on")
@@ -110,7 +112,7 @@ class StreamPlan:
                 weights[place] = document.weights[piece.start : piece.stop]
         row["tokens"][:], row["targets"][:], row["weights"][:] = ids[:-1], ids[1:], weights[1:]
         row["segments"][:filled] = 1
-        row["positions"][:] = np.arange(self._row_tokens)
+        row["positions"][:] = self._positions
         return row
 
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -127,6 +129,7 @@ class DocumentPlan:
 
     def __init__(self, lengths: np.ndarray, shuffle: order.Shuffle, row_tokens: int):
         self.lengths, self._shuffle, self._row_tokens = lengths, shuffle, row_tokens
+        self._positions = np.arange(row_tokens, dtype=np.int32)
         if not (lengths > 1).any():
             raise records.DataError(
                 f"{shuffle.name!r}: none of {len(lengths)} documents has 2 tokens to learn from"
@@ -149,10 +152,11 @@ class DocumentPlan:
             while not self._ends or self._ends[-1] <= row:
                 before = self._ends[-1] if self._ends else 0
                 self._ends.append(before + self._count(len(self._ends)))
-        epoch = int(np.searchsorted(self._ends, row, side="right"))
+        epoch = bisect.bisect_right(self._ends, row)
         table, bounds = self._epochs(epoch)
         row -= self._ends[epoch - 1] if epoch else 0
-        return [Piece(epoch, *map(int, x)) for x in table[bounds[row] : bounds[row + 1]]]
+        found = table[bounds[row] : bounds[row + 1]].tolist()
+        return [Piece(epoch, *numbers) for numbers in found]
 
     def _count(self, epoch: int) -> int:
         return len(self._epochs(epoch)[1]) - 1
@@ -170,7 +174,7 @@ class DocumentPlan:
             ids, weights = document.ids[piece.start : piece.stop], document.weights
             row["tokens"][place], row["targets"][place] = ids[:-1], ids[1:]
             row["weights"][place] = weights[piece.start + 1 : piece.stop]
-            row["segments"][place], row["positions"][place] = segment, np.arange(size)
+            row["segments"][place], row["positions"][place] = segment, self._positions[:size]
         return row
 
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,8 @@ from vlm_jax.data import records, shard_files, sidecar
 class TokenTable:
     """Random-access source of {"tokens": int32[ids], "tokens_weights": float32[ids], "id"}.
 
+    The weights are left out where all of them are 1.
+
     Args:
       path: of the file.
       tokens_per_image: ids of an image.
@@ -53,7 +55,8 @@ class TokenTable:
         ]
 
     def _record(self, index: int, ids: np.ndarray) -> records.Record:
-        return {"tokens": ids, "tokens_weights": self._weights, "id": self.record_id(index)}
+        record = {"tokens": ids, "id": self.record_id(index)}
+        return record if self._weight == 1 else {**record, "tokens_weights": self._weights}
 
     def record_id(self, index: int) -> str:
         """File and row."""
