@@ -49,6 +49,7 @@ GPU = (
     Program("train 1B", "llama_train_step.py --preset lvm_1b --attention cudnn xla --alone", 75),
     Program("decode 3B", "llama_decode.py --preset lvm_3b --batches 1 32 --alone", 75),
     Program("attention", "attention.py --rounds 10", 60),
+    Program("input pipeline", "input_pipeline.py --seconds 1", 75),
 )
 CPU = (
     Program("decode 300M", "llama_decode.py"),
@@ -56,6 +57,7 @@ CPU = (
     Program("VQGAN", "vqgan.py"),
     Program("one-shot labels", "one_shot.py --k 1 10 --skip jax"),
     Program("attention", "attention.py"),
+    Program("input pipeline", "input_pipeline.py"),
 )
 QUICK = (
     Program("decode", "llama_decode.py --preset lvm_debug --new 64 --rounds 1", 300),
@@ -63,6 +65,7 @@ QUICK = (
     Program("VQGAN", "vqgan.py --preset tiny --rounds 1", 300),
     Program("one-shot labels", "one_shot.py --tiny --k 1 --batch 1", 300),
     Program("attention", "attention.py --small --rounds 1", 300),
+    Program("input pipeline", "input_pipeline.py --ids 64 --batch 8 --rows 64 --seconds 0.2", 300),
 )
 
 

@@ -57,10 +57,8 @@ def full():
             mask=70_000, box=15_000, edges=20_000, colour=70_000, photo=15_000, motion=20_000
         ),
     )  # fmt: skip
-    # Sentences are drawn at random already; shuffling them costs more than reading them.
-    c.data = dict(
-        mixture=mixture(), packing="none", shuffle=False, num_threads=4, prefetch_batches=8
-    )
+    # Sentences are drawn at random already.
+    c.data = dict(mixture=mixture(), packing="none", shuffle=False, prefetch_batches=8)
     c.optim.update(lr=2e-3, end_lr=3e-5, warmup_steps=150)
     c.train.update(steps=3_000, batch_size=256, log_every=50, save_every=500)
     c.evals = dict(
@@ -117,7 +115,7 @@ def tiny():
         chunk=8,
         sentences=dict(mask=160, box=16, edges=16, colour=160, photo=16, motion=16),
     )
-    c.data.update(num_threads=8, prefetch_batches=2)
+    c.data.update(prefetch_batches=2)
     c.optim.update(lr=4e-3, warmup_steps=10)
     c.train.update(steps=60, batch_size=8, log_every=10, save_every=60)
     for evaluation in c.evals.values():
@@ -135,7 +133,7 @@ def tokenizer():
     c.formatter.size = SIDE
     c.data = dict(
         mixture=dict(scenes=dict(type="picture_table", path="{workdir}/composed/pictures.npy")),
-        packing="none", shuffle=False, num_threads=4, prefetch_batches=8,
+        packing="none", shuffle=False, num_threads=1, prefetch_batches=8,  # tiny pictures
     )  # fmt: skip
     c.optim.update(lr=2e-3, warmup_steps=100)
     c.init.upstream = "tiny"

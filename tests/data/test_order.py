@@ -44,6 +44,17 @@ def test_shuffle_draws_a_fresh_permutation_per_epoch():
     assert (other != passes[0]).any()
 
 
+def test_places_far_apart_are_found_as_places_together():
+    shuffle = order.Shuffle(10_001, seed=4, name="a")
+    expected = order.permute(np.arange(10_001), 10_001, shuffle._key(0))
+    scattered = np.array([0, 10_000, 4095, 4096, 17, 8192, 8191])
+    assert shuffle.locate(scattered)[1].tolist() == expected[scattered].tolist()
+    np.testing.assert_array_equal(shuffle.of_epoch(0), expected)
+    later = shuffle.locate(scattered + 10_001)
+    assert set(later[0].tolist()) == {1}
+    np.testing.assert_array_equal(later[1], shuffle.of_epoch(1)[scattered])
+
+
 def test_file_order_wraps_around():
     shuffle = order.Shuffle(3, seed=0, name="a", enabled=False)
     assert shuffle.locate(np.arange(7))[1].tolist() == [0, 1, 2, 0, 1, 2, 0]

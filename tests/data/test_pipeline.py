@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import pytest
 
 from tests import fuzz
 from vlm_jax.data import packing as packing_lib
-from vlm_jax.data import pipeline, records
+from vlm_jax.data import pipeline, records, sources
 from vlm_jax.data import rows as rows_lib
 from vlm_jax.systems.lvm import format as lvm_format
 
@@ -399,6 +400,66 @@ def test_memory_is_bounded_and_threads_end(mixture):
         if "grain" in thread.name:
             thread.join(5)
             assert not thread.is_alive()
+
+
+def test_rows_of_ids_are_made_by_one_thread_and_whole_batches_at_once(mixture):
+    made = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Counting(lvm_format.Formatter):
+        def format_many(self, found):
+            made.append((len(found), threading.current_thread().name))
+            return super().format_many(found)
+
+    formatter = Counting(max_tokens=32, bos_id=50, eos_id=51, vocab_size=64)
+    config = pipeline.DataConfig(mixture=mixture, num_threads=6)
+    with pipeline.make_batches(config, formatter, batch_size=BATCH, seed=0) as batches:
+        for _ in range(20):
+            next(batches)
+    sizes, threads = map(set, zip(*made))
+    assert sizes == {BATCH} and len(threads) == 1
+
+
+def test_records_are_named_and_generators_seeded_only_when_asked(mixture, monkeypatch):
+    asked = []
+    for kind in (sources.JsonLines, np.random):
+        name = "record_id" if kind is sources.JsonLines else "default_rng"
+        whole = getattr(kind, name)
+        monkeypatch.setattr(
+            kind, name, lambda *args, whole=whole, name=name: asked.append(name) or whole(*args)
+        )
+
+    class Plain(Numbers):
+        def __call__(self, record, rng):
+            return {"n": np.int32(record["n"])}
+
+    config = pipeline.DataConfig(mixture=mixture, num_threads=0)
+    with pipeline.make_batches(config, Plain(), batch_size=BATCH, seed=0) as batches:
+        batch = next(batches)
+    assert not asked
+    assert len(batch.record_ids) == len(asked) == BATCH
+    with pipeline.make_batches(config, Numbers(), batch_size=BATCH, seed=0) as batches:
+        next(batches)
+    assert asked.count("default_rng") == BATCH
+
+
+def test_sources_that_read_many_give_errors_in_place(monkeypatch):
+    class Blocks(sources.Memory):
+        def read_many(self, indices):
+            return [
+                records.BadRecordError("odd") if i % 10 == 3 else self._records[i] for i in indices
+            ]
+
+    whole = Blocks([{"tokens": [i, i + 1]} for i in range(20)])
+    found = sources.read_many(whole, np.array([3, 4]))
+    assert str(found[0]) == "odd" and found[1] == {"tokens": [4, 5]}
+    monkeypatch.setitem(sources.TYPES, "blocks", lambda: whole)
+    config = pipeline.DataConfig({"a": {"type": "blocks"}}, shuffle=False, max_bad_fraction=0.1)
+    with pipeline.make_batches(config, TOKENS, batch_size=10, seed=0) as batches:
+        arrays = next(batches).arrays
+        assert batches.bad_records.causes == {"memory:3": "odd"}
+    assert arrays["valid"].tolist() == [True] * 3 + [False] + [True] * 6
+    assert arrays["tokens"][:, 1].tolist() == [0, 1, 2, 0, 4, 5, 6, 7, 8, 9]
 
 
 def test_a_mistake_in_the_formatter_names_the_record(mixture):

@@ -93,6 +93,11 @@ def test_table_of_tokens(tmp_path):
     record = table[1]
     assert record["tokens"].tolist() == list(range(8, 16)) and record["tokens"].dtype == np.int32
     assert record["tokens_weights"].tolist() == [0.25, 0.25, 1, 1, 0.25, 0.25, 1, 1]
+    assert "tokens_weights" not in token_table.TokenTable(str(path), 2)[1]
+    for index, record in zip((2, 0), table.read_many(np.array([2, 0])), strict=True):
+        assert record.keys() == table[index].keys() and record["id"] == table[index]["id"]
+        for key in ("tokens", "tokens_weights"):
+            np.testing.assert_array_equal(record[key], table[index][key])
     assert table.fingerprint()
     for wrong, message in [(3, r"uint16\[3, 8\] is no table"), (0, "tokens_per_image=0")]:
         with pytest.raises(records.DataError, match=message):

@@ -126,3 +126,35 @@ def test_one_sentence_per_row():
 def test_weights_of_other_kinds_are_bad_records(weights):
     with pytest.raises(records.BadRecordError, match="field 'tokens_weights'"):
         make().encode({"tokens": IDS, "tokens_weights": weights})
+
+
+def test_many_rows_are_those_one_by_one():
+    formatter = make(fields="<|bos|>,[{tokens}],{more},<|eos|>")
+    shared = np.array([0.5, 1, 0], np.float32)
+    found = [
+        {"tokens": IDS, "more": IDS, "more_weights": shared},
+        None,
+        {"tokens": IDS},
+        {"tokens": np.arange(7), "more": IDS, "more_weights": shared},  # cut within a field
+        {"tokens": np.arange(8), "more": [], "more_weights": []},  # cut before the last id
+        {"tokens": [], "more": [1.5]},
+    ]
+    rows, errors = formatter.format_many(found)
+    assert sorted(errors) == [2, 5] and "no field 'more'" in str(errors[2])
+    for number, record in enumerate(found):
+        good = record is not None and number not in errors
+        expected = formatter(record) if good else {}
+        for key, values in rows.items():
+            assert values.dtype == (np.float32 if key == "weights" else np.int32)
+            np.testing.assert_array_equal(values[number], expected.get(key, np.zeros(8)))
+    assert rows["weights"][0].tolist() == [0, 0, 0, 0.5, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("bad", [-1, 70])
+def test_ids_that_are_cut_off_are_checked_too(bad):
+    tokens = [*range(12), bad]
+    for call in (make(), make().encode, lambda record: make().format_many([None, record])):
+        with pytest.raises(records.DataError, match=f"token id {bad} at place 13 is outside"):
+            call({"tokens": tokens})
+    with pytest.raises(records.DataError, match="token id 99 at place 9"):
+        make(eos_id=99)({"tokens": list(range(8))})

@@ -38,7 +38,8 @@ class DataConfig:
       mixture: name -> dict(type=..., weight=1.0, and the fields of the source); see sources.py.
       packing: "none", one record per row; "stream" or "documents", see packing.py.
       shuffle: a fresh permutation per epoch; False keeps file order.
-      num_threads: threads that read and format.
+      num_threads: threads that read and format pictures; 0 is none beside the caller's. Rows of
+        ids, which cost little, are made by one.
       num_workers: processes instead of threads; they take seconds to start and pay off only for
         heavy decoding on many cores. The starting script needs a `__main__` guard.
       prefetch_batches: batches made ahead, which bounds the memory.
