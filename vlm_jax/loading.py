@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
-from vlm_jax import commit_marker, compilation_cache, hardware, saving, step_folders
+from vlm_jax import commit_marker, compilation_cache, hardware, memory, saving, step_folders
 from vlm_jax import config as config_lib
 from vlm_jax import task as task_lib
 from vlm_jax.weights import convert, readers, shipped
@@ -32,6 +33,7 @@ def load(system: str, checkpoint: str, *, averaged: bool = True, **fields: Any) 
       For "lvm" a `systems.lvm.Lvm`; other systems name theirs.
 
     Raises:
+      NotEnoughMemory: the parameters do not fit; said before they are read.
       FileNotFoundError: there is nothing at `checkpoint`.
       ValueError: unknown system, or the run belongs to another system; no device to run on.
       CheckpointError, ConversionError: the weights are damaged or do not fit.
@@ -62,6 +64,12 @@ def load(system: str, checkpoint: str, *, averaged: bool = True, **fields: Any) 
     _require_system(config["system"], system, checkpoint)
     task = module.make_task(config["model"], **config.get("task", {}))
     formatter = module.make_formatter(**config.get("formatter", {}))
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
+        for name, leaf in step.leaves.items()
+        if name.startswith("params/")
+    }
+    _require_memory(module, checkpoint, abstract, fields)
     params = checkpoints.load_params(step, averaged=averaged)
     source = saving.source_of_run(
         step.folder.parent.parent.name, step.number, config, averaged and step.has_average
@@ -73,9 +81,16 @@ def _from_saved(module: Any, config: dict[str, Any], path: pathlib.Path, fields:
     task = module.make_task(config["model"], **config["task"])
     formatter = module.make_formatter(**config["formatter"])
     abstract = jax.eval_shape(task.init, jax.random.key(0))
+    _require_memory(module, str(path), abstract, fields)
     params = convert.convert(readers.read(path), convert.NATIVE_RULES, abstract)
     model = module.from_run(task, formatter, params, **{**config.get("load", {}), **fields})
     return _noted(model, saving.source_of(config))
+
+
+def _require_memory(module: Any, name: str, abstract: Any, fields: Mapping[str, Any]) -> None:
+    """Refuses what does not fit; systems that compute with a copy say in which dtype it is."""
+    copy_dtype = getattr(module, "copy_dtype", lambda dtype: "")(fields.get("dtype", ""))
+    memory.require_for_loading(name, abstract, copy_dtype=copy_dtype)
 
 
 def _noted(model: Any, source: saving.Source) -> Any:

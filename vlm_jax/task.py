@@ -9,6 +9,8 @@ A system is a module with
     prepare(workdir, **fields) -> None             optional: write input that a recipe makes itself
     from_run(task, formatter, params, **fields)    what `vlm_jax.load` makes of a run of ours,
     from_upstream(checkpoint, **fields)            and of released weights
+    copy_dtype(dtype)                              optional: of a copy of the parameters that those
+                                                   two make to compute with
     command_line                                   optional: module behind `vlm_jax.predict NAME`
 
 `resolve("lvm", "systems")` is `vlm_jax.systems.lvm`; a dotted name is imported as it stands, so

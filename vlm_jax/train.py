@@ -24,6 +24,7 @@ from vlm_jax import (
     checkpoints,
     curves,
     guards,
+    memory,
     metric_writer,
     optim,
     progress,
@@ -260,6 +261,9 @@ class _Run:
 
     def make_state(self, load_upstream) -> None:
         """The state of the checkpoint, or a random one with weights laid over it."""
+        learned, _ = optim.split(self.abstract["params"], self.recipe.optim.trainable)
+        for line in memory.warnings_of_training(self.abstract, self.shardings, learned):
+            _say(line)
         if self.start:
             target = jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -12,6 +12,8 @@ import pytest
 from vlm_jax.models import clip as clip_model
 from vlm_jax.models import vqgan as model
 from vlm_jax.nn import functional
+from vlm_jax.systems import nxtp as nxtp_system
+from vlm_jax.systems.nxtp import vocabulary
 from vlm_jax.tools import convert_weights
 from vlm_jax.weights import clip, errors, export, llama, nxtp, readers, vqgan
 
@@ -160,6 +162,21 @@ def test_a_run_of_nxtp_in_the_names_of_the_reference(make_run, tmp_path, suffix)
     released = readers.read(half)
     assert set(released) < set(tensors) and "vision_encoder.class_embedding" not in released
     assert released["language_decoder.norm.weight"].dtype == np.float16
+
+
+def test_a_saved_model(tmp_path, golden_nxtp, capsys):
+    words = vocabulary.load(str(golden_nxtp / "tokenizer.model"))
+    decoder = dict(preset="tiny", vocab_size=words.size)
+    task = nxtp_system.make_task(dict(vision=dict(preset="tiny"), decoder=decoder), delimiter_id=5)
+    params = jax.tree.map(np.asarray, task.init(jax.random.key(0)))
+    nxtp_system.Nxtp(task.cfg, params, words).save(tmp_path / "saved")
+    flags = f"--from={tmp_path / 'saved'}", f"--to={tmp_path / 'out.safetensors'}"
+    assert run(*flags, "--system=nxtp", "--format=upstream") == 0
+    assert "a saved model" in capsys.readouterr().out
+    made = nxtp.from_tensors(readers.read(tmp_path / "out.safetensors"), task.network.abstract())
+    jax.tree.map(np.testing.assert_array_equal, made, params)
+    assert run(*flags, "--system=lvm", "--format=hf") == 1
+    assert "of the system 'nxtp', not 'lvm'" in capsys.readouterr().err
 
 
 def test_released_nxtp_to_another_format(tmp_path, golden_nxtp):

@@ -4,6 +4,7 @@ import pathlib
 
 import pytest
 
+from vlm_jax.data import wheels
 from vlm_jax.weights import released
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -35,6 +36,8 @@ def test_every_name_on_a_hub_is_in_the_notice():
     notice = (ROOT / "third_party" / "NOTICE.md").read_text()
     for release in (released.LVM, released.LVM_VQGAN, released.NXTP_G3M):
         assert release.hub in notice
+    for name in set(wheels.PACKAGES) - {"imgviz"}:  # of which nothing is read
+        assert f"| {name} " in notice, name
     assert "ViT-L-14.pt" in notice and "LLaMA 7B" in notice
 
 

@@ -519,7 +519,7 @@ def decode_form(params, cfg: LlamaConfig):
     """
     if cfg.fused:
         return params, cfg
-    dtype = "float32" if partition.platform() == "cpu" else cfg.dtype
+    dtype = decode_dtype(cfg.dtype)
     rows = lambda kernel, k: kernel.reshape(math.prod(kernel.shape[:k]), -1).T  # noqa: E731
 
     def layer(tree):
@@ -556,6 +556,11 @@ def decode_form(params, cfg: LlamaConfig):
     execution = dict(fused=True, scan_layers=False, remat="none")
     decode_cfg = dataclasses.replace(cfg, dtype=dtype, param_dtype=dtype, **execution)
     return jax.jit(convert)(params), decode_cfg
+
+
+def decode_dtype(dtype: str) -> str:
+    """That of `decode_form` for a compute dtype."""
+    return "float32" if partition.platform() == "cpu" else dtype
 
 
 def training_form(params, cfg: LlamaConfig):

@@ -15,10 +15,10 @@ r"""Converts weights: of a run of ours, or of a released checkpoint, to any layo
     lvm vqgan native      a folder in our own layout
 
 A file's suffix says its format: .pth (torch) or .safetensors. `--from` is a work directory of ours
-(its newest good step is taken), one of its steps, a folder or file of released weights, or an
-EasyLM file behind trainstate::, trainstate_params::, params:: or flax_params::. Sizes come from the
-run, the GGUF file, config.json beside the weights, the shapes, or --preset. Every tensor must be
-used or be on the list of ignored ones.
+(its newest good step is taken), one of its steps, a folder of `model.save`, a folder or file of
+released weights, or an EasyLM file behind trainstate::, trainstate_params::, params:: or
+flax_params::. Sizes come from the run, the GGUF file, config.json beside the weights, the shapes,
+or --preset. Every tensor must be used or be on the list of ignored ones.
 """
 
 from __future__ import annotations
@@ -115,12 +115,16 @@ def _run(args: argparse.Namespace) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import numpy as np
 
-    from vlm_jax import loading
+    from vlm_jax import loading, saving
     from vlm_jax.nn import functional
 
     path = pathlib.Path(args.source).expanduser()
     if loading.is_of_a_run(path):
         weights = _of_run(args, path)
+    elif saving.is_saved(path):
+        config = saving.read_config(path)
+        read = f"a saved model, from {saving.source_of(config)}"
+        weights = _of_ours(args, config, lambda: saving.read_params(path), read)
     elif args.system == "nxtp":
         weights = _of_nxtp(args)
     else:
@@ -145,28 +149,35 @@ def _of_run(args: argparse.Namespace, path: pathlib.Path) -> Weights:
     """The parameters of a run, or of one of its steps, as it was trained."""
     from vlm_jax import checkpoints
     from vlm_jax import config as config_lib
-    from vlm_jax import task as task_lib
-    from vlm_jax.models import vqgan
-    from vlm_jax.nn import functional
 
     try:
         step = checkpoints.find(path)
     except checkpoints.CheckpointError as error:
         raise ValueError(str(error)) from error
     config = config_lib.place(step.config, str(step.folder.parent.parent))
+    load = lambda: checkpoints.load_params(step, averaged=args.averaged)  # noqa: E731
+    return _of_ours(args, config, load, f"step {step.folder.name}", str(step.folder))
+
+
+def _of_ours(args: argparse.Namespace, config, load, read: str, source: str = "") -> Weights:
+    """The parameters that `load` gives, of a model that we configured."""
+    from vlm_jax import task as task_lib
+    from vlm_jax.models import vqgan
+    from vlm_jax.nn import functional
+
     if config["system"] != args.system:
-        raise ValueError(f"{path} is a run of the system {config['system']!r}, not {args.system!r}")
+        raise ValueError(
+            f"{args.source} is a run of the system {config['system']!r}, not {args.system!r}"
+        )
     module = task_lib.resolve(args.system, "systems")
     task = module.make_task(config["model"], **config.get("task", {}))
-    params = checkpoints.load_params(step, averaged=args.averaged)
+    params = load()
     if args.system == "vqgan":  # a run may hold a discriminator and more besides
         params = vqgan.tokenizer_part(params)
     flat = functional.flatten(params)
     dtypes = sorted({x.dtype.name for x in flat.values()})
-    read = f"{len(flat)} parameters, step {step.folder.name}, {', '.join(dtypes)}"
-    return Weights(
-        task.cfg, params, args.dtype or common_dtype(dtypes), read, source=str(step.folder)
-    )
+    read = f"{len(flat)} parameters, {read}, {', '.join(dtypes)}"
+    return Weights(task.cfg, params, args.dtype or common_dtype(dtypes), read, source=source)
 
 
 def _of_upstream(args: argparse.Namespace) -> Weights:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from vlm_jax import memory
 from vlm_jax.nn import functional
 from vlm_jax.weights import errors
 
@@ -156,6 +157,7 @@ def convert(
       A nested dict like `abstract`.
 
     Raises:
+      NotEnoughMemory: the result does not fit into the host's memory.
       ConversionError: unexplained, missing or wrongly shaped tensors, whole numbers where floats
         are needed, values that are not finite; all of them, by name.
     """
@@ -188,6 +190,8 @@ def convert(
                 problems.append(f"{name}: {problem}")
             elif not problems:
                 if array is None:  # only now is it known that the file holds as much
+                    if not result and shardings is None:
+                        memory.require_for_loading(source_of(tensors), abstract)
                     array = np.empty(target.shape, target.dtype)
                 array[layer if target.stacked else ...] = target.rule.load(x, target.item_shape)
         if problems:

@@ -3,7 +3,7 @@
 images ── VQGAN ── ids ── visual sentences ── LLaMA ── ids ── VQGAN ── images
 """
 
-from vlm_jax.systems.lvm.checkpoint import from_run, from_upstream
+from vlm_jax.systems.lvm.checkpoint import copy_dtype, from_run, from_upstream
 from vlm_jax.systems.lvm.format import make_formatter
 from vlm_jax.systems.lvm.input_files import prepare
 from vlm_jax.systems.lvm.model import Lvm
@@ -13,6 +13,7 @@ from vlm_jax.systems.lvm.upstream import load_upstream, make_task
 __all__ = [
     "Lvm",
     "LvmTask",
+    "copy_dtype",
     "from_run",
     "from_upstream",
     "load_upstream",

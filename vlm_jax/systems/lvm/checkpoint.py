@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from vlm_jax import image_tokenizer, saving
+from vlm_jax import image_tokenizer, memory, saving
 from vlm_jax.models import llama
 from vlm_jax.systems.lvm import model
 
@@ -94,9 +94,16 @@ def from_upstream(
         )
     vqgan = image_tokenizer.ImageTokenizer.load(tokenizer)
     dtype = dtype or _default_dtype()
+    held = llama_weights.abstract_params(dataclasses.replace(cfg, param_dtype=dtype))
+    memory.require_for_loading(checkpoint, held, copy_dtype=copy_dtype(dtype))
     # Stored as computed: 7B in float32 would take 26 GB for nothing.
     cfg, params = llama_weights.load(checkpoint, cfg, dtype=dtype, param_dtype=dtype)
     return model.Lvm(cfg, params, vqgan, context_images=context_images)
+
+
+def copy_dtype(dtype: str = "") -> str:
+    """Of the copy that computes, for a `dtype` as above."""
+    return llama.decode_dtype(dtype or _default_dtype())
 
 
 def _default_dtype() -> str:

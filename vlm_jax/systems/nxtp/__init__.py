@@ -5,13 +5,14 @@ prompt ── labels, labels ─────┴── first blocks of a language
 """
 
 from vlm_jax.systems.nxtp.format import make_formatter
-from vlm_jax.systems.nxtp.model import Nxtp, from_run, from_upstream
+from vlm_jax.systems.nxtp.model import Nxtp, copy_dtype, from_run, from_upstream
 from vlm_jax.systems.nxtp.task import NxtpTask, make_task
 from vlm_jax.systems.nxtp.upstream import load_upstream
 
 __all__ = [
     "Nxtp",
     "NxtpTask",
+    "copy_dtype",
     "from_run",
     "from_upstream",
     "load_upstream",

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax import saving
+from vlm_jax import memory, saving
 from vlm_jax.data import images as images_lib
 from vlm_jax.data import streaming
 from vlm_jax.decoding import label_lists, one_shot
@@ -319,12 +319,23 @@ def from_upstream(
     decoder = nxtp.decoder_config_of(tensors, sizes if sizes and sizes.exists() else "")
     cfg = network_lib.NxtpConfig(nxtp.vision_config_of(tensors), decoder)
     cfg = _computed_in(cfg, dtype, stored=True)
-    params = nxtp.from_tensors(tensors, network_lib.make(cfg).abstract())
+    abstract = network_lib.make(cfg).abstract()
+    memory.require_for_loading(checkpoint, abstract, copy_dtype=copy_dtype(dtype))
+    params = nxtp.from_tensors(tensors, abstract)
     return Nxtp(cfg, params, words)
 
 
+def copy_dtype(dtype: str = "") -> str:
+    """Of the copy of the decoder that computes, for a `dtype` as above."""
+    return llama.decode_dtype(dtype or _default_dtype())
+
+
+def _default_dtype() -> str:
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def _computed_in(cfg, dtype, *, stored=False):
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = dtype or _default_dtype()
     fields = dict(dtype=dtype) | ({"param_dtype": dtype} if stored else {})
     return dataclasses.replace(  # nothing is differentiated, so `remat` may stay
         cfg,
