@@ -7,6 +7,7 @@ import sys
 import threading
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -148,11 +149,57 @@ def test_strips_join(monkeypatch):
         (".", "is a folder, not a file"),
         ("/dev/zero", "is a pipe, socket or device, not a file"),
         ("file://elsewhere/a.png", "names the host 'elsewhere'"),
+        ("s3://bucket/a.png", "s3:// is not read; give a file"),
+        ("data:image/png;base64," + "A" * 10**6, "^.{80}: data: is not read"),
+        ("a" * 10**6, r"^a{80}\.\.\.: 1000000 characters are no name"),
+        (np.ma.masked_array(RGB, RGB > 100), "masked values; fill them first"),
+        (jax.random.key(0), "gives no plain values"),
+        (Image.fromarray(RGB).convert("I"), "of 32 bits, with values up to .*Say it"),
+        (io.StringIO("a"), "an open file must be binary"),
     ],
 )
 def test_what_is_no_picture_is_refused_with_the_reason(value, message):
     with pytest.raises(images.ImageError, match=message):
         images.as_image(value)
+
+
+def test_pictures_that_are_being_traced():
+    with pytest.raises(images.ImageError, match="gives no plain values"):
+        jax.jit(images.as_image)(jnp.ones((2, 2)))
+
+
+def test_open_files_are_read_and_stay_open(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(RGB).save(path)
+    with path.open("rb") as file:
+        np.testing.assert_array_equal(images.as_image(file), RGB)
+        file.seek(0)
+        listed, single = images.one_or_many(file)
+        assert single and listed == [file]
+    with pytest.raises(images.ImageError, match="cannot read: .*closed"):
+        images.as_image(file)
+    np.testing.assert_array_equal(images.as_image(io.BytesIO(path.read_bytes())), RGB)
+
+
+def test_arrays_that_are_views_of_others():
+    np.testing.assert_array_equal(images.as_image(np.ma.masked_array(RGB)), RGB)
+    np.testing.assert_array_equal(images.as_image(RGB[::-1, ::-1, ::-1]), RGB[::-1, ::-1, ::-1])
+
+
+def test_tensors_of_torch_without_plain_values():
+    torch = pytest.importorskip("torch")
+    for tensor in (torch_of(RGB).to_sparse(), torch.zeros(2, 2, device="meta")):
+        with pytest.raises(images.ImageError, match="a Tensor gives no plain values"):
+            images.as_image(tensor)
+    negative = torch.full((2, 2), -1.0).to(torch.complex64).mul(1j).conj().imag
+    assert negative.is_neg()
+    np.testing.assert_array_equal(images.as_image(negative), np.full((2, 2, 3), 255))
+
+
+def test_dark_pictures_of_16_bits(tmp_path):
+    Image.fromarray(np.full((2, 2), 200, np.uint16)).save(tmp_path / "a.png")
+    assert not images.as_image(tmp_path / "a.png").any()  # the high byte
+    assert not images.as_image(Image.fromarray(np.zeros((2, 2), np.int32))).any()
 
 
 def test_files_of_any_name(tmp_path, monkeypatch):

@@ -30,6 +30,33 @@ def test_jsonl_leaves_out_and_names_bad_lines(tmp_path):
     assert "JSONDecodeError" in source.skipped[0][1] and "not a JSON object" in source.skipped[1][1]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"x": 1}\n'.encode("utf-16"), "is UTF-16, not UTF-8; save it as UTF-8"),
+        ('{"x": 1}\n'.encode("utf-32"), "is UTF-16, not UTF-8; save it as UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-lfs pointer"),
+        (b"<!DOCTYPE html>\n<html>\n", "is a web page"),
+    ],
+)
+def test_what_is_there_instead_of_jsonl(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(records.DataError, match=message):
+        sources.JsonLines(tmp_path / "a.jsonl")
+
+
+def test_a_key_twice_is_a_bad_record(tmp_path):
+    lines = ['\ufeff{"x": 1}', '{"x": 1, "x": 2}', '{"x": {"y": 1, "y": 1}}', '{"x": 3}']
+    source = sources.JsonLines(write_jsonl(tmp_path / "a.jsonl", lines))
+    assert [source[i] for i in range(len(source))] == [{"x": 1}, {"x": 3}]
+    assert [cause for _, cause in source.skipped] == [
+        "ValueError: the key 'x' comes twice in one object",
+        "ValueError: the key 'y' comes twice in one object",
+    ]
+    with pytest.raises(records.BadRecordError, match="the key 'a' comes twice"):
+        records.unpack(b"\x82\xa1a\x01\xa1a\x02")
+
+
 def test_jsonl_index_is_kept_until_the_file_changes(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", ['{"x": 1}', '{"x": 2}'])
     assert len(sources.JsonLines(path)) == 2

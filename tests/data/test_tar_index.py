@@ -119,6 +119,17 @@ def test_archives_behind_each_other_are_named(tmp_path):
     assert found["bad_causes"].tolist() == ["more data follow it; are these several archives?"]
 
 
+def test_an_archive_far_behind_the_first_is_named(tmp_path):
+    content = archive(SMALL) + bytes(2**21) + archive(SMALL)
+    assert "more data follow" in scan(tmp_path, content)["bad_causes"].tolist()[0]
+
+
+def test_a_pointer_in_place_of_a_shard(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+    with pytest.raises(records.DataError, match="is a git-lfs pointer.*must be complete"):
+        scan(tmp_path, pointer)
+
+
 def test_sparse_members(tmp_path):
     content = archive([("a.txt", b"a dog")], pax_headers={"GNU.sparse.major": "1"})
     assert scan(tmp_path, content)["bad_causes"].tolist() == ["a sparse file"]

@@ -147,3 +147,27 @@ def test_rows_are_what_the_library_for_tables_reads(tmp_path):
     lines = "".join(json.dumps({"text": [text]}) + "\n" for text in texts)
     path = write(tmp_path, ".jsonl", lines.encode())
     assert list(itertools.chain(*(text for _, text in read(path, "text")))) == texts
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a dog\n".encode("utf-16"), "is UTF-16, not UTF-8; save it as UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-lfs pointer"),
+        (b"<!DOCTYPE html><p>a dog", "is a web page"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".jsonl"])
+def test_what_is_there_instead_of_captions(tmp_path, suffix, content, message):
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(records.DataError, match=message):
+        caption_files.count(file, "caption")
+
+
+def test_zero_bytes_are_no_caption(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes("a dog\na cat\n".encode("utf-16-le"))
+    for row in caption_files.rows(file):
+        with pytest.raises(records.BadRecordError, match="UTF-16"):
+            row.read()

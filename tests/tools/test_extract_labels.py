@@ -1,5 +1,6 @@
 """Pre-extraction of labels: formats, resuming, sharing the work, bad captions, and reading back."""
 
+import gzip
 import io
 import json
 import os
@@ -275,3 +276,21 @@ def test_numbers_that_cannot_be(tmp_path):
     for fields in ({"workers": -1}, {"rows_per_part": 0}):
         with pytest.raises(records.DataError, match="is too small"):
             extract(tmp_path, tmp_path / "labels", **fields)
+
+
+def test_paths_given_twice_are_all_read(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"a {name}at\n")
+    args = [f"--path={tmp_path / name}.txt" for name in ("a", "b")]
+    assert (
+        extract_labels.main([*args, f"--to={tmp_path}/out", "--workers=0", "--tagger=textblob"])
+        == 0
+    )
+    assert "2 files done" in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_counted_is_not_tagged(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a dog\n" * 100)[:-4])
+    monkeypatch.setattr(extract_labels, "_extract", lambda unit: pytest.fail("it is read again"))
+    code, said = run(capsys, tmp_path / "a.txt.gz", tmp_path / "l")
+    assert code == 1 and "damaged or cut off" in said

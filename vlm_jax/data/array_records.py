@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from vlm_jax.data import records, shard_files
+from vlm_jax.data import file_kind, records, shard_files
 
 _OPTIONS = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32_768}
 _COUNTING = 16  # files opened at once to count their records; remote ones take a while each
@@ -101,4 +101,6 @@ def _count(path: os.PathLike) -> int:
     except records.DataError:
         raise
     except (RuntimeError, ValueError, IndexError) as error:
+        if reason := file_kind.not_data(path):
+            raise records.DataError(f"{path} {reason}") from error
         raise records.DataError(f"{path}: not ArrayRecord: {error}") from error

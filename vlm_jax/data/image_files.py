@@ -20,6 +20,7 @@ MAX_PIXELS = 64 * 2**20
 MAX_BYTES = 256 * 2**20
 # No EPS, PDF or WMF: they hand the file to an interpreter.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "ICO", "AVIF")
+_WIDE = ("PNG", "PPM")  # earlier versions of Pillow give their 16 bits as 32
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 # Decoders that hold several copies of a picture: their share of the pixels.
 _COSTLY = {"WEBP": 2, "AVIF": 2, "JPEG2000": 2}
@@ -105,6 +106,11 @@ def to_rgb(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> np.nd
         turn = image.getexif().get(_ORIENTATION, 1)
         if image.mode == "F":
             check_range(*image.getextrema(), name)
+        if image.mode == "I" and image.format not in _WIDE and 0 < image.getextrema()[1] < 256:
+            raise ImageError(
+                f"{name}: of 32 bits, with values up to {image.getextrema()[1]}: a dark picture "
+                'of 16 bits, or one of 8? Say it: convert("L") for 8, an array of uint16 for 16'
+            )
         width, height = image.size
         upright = np.empty((width, height, 3) if turn in (5, 6, 7, 8) else (height, width, 3), "u1")
         # Strip by strip into the result, seen as it is stored: whole copies for mode, orientation

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -23,11 +24,12 @@ ImageError = image_files.ImageError
 MAX_PIXELS, MAX_BYTES = image_files.MAX_PIXELS, image_files.MAX_BYTES
 decode = image_files.decode
 
+_MAX_NAME = 8192  # characters of a path or URL
 GREY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # of red, green, blue; upstream: its colorization script
 ENCODED = ("jpg", "jpeg", "png", "webp", "image")  # keys of records: tar shards, TFDS
 _KINDS = (
-    "a path, a file:// or http(s):// URL, the bytes of a file, a PIL image, or an array [H, W] or "
-    "[H, W, 1|3|4] of uint8, uint16, bool or floats in 0..1"
+    "a path, a file:// or http(s):// URL, the bytes of a file or the open file, a PIL image, or an "
+    "array [H, W] or [H, W, 1|3|4] of uint8, uint16, bool or floats in 0..1"
 )
 
 
@@ -38,9 +40,9 @@ def as_image(value: Any, *, name: str = "", reach: str = "web") -> np.ndarray:
     three channels, alpha is dropped, 16 bits keep the high byte, floats are rounded to bytes.
 
     Args:
-      value: a path (str or PathLike), a file:// or http(s):// URL, the bytes of a file, a PIL image
-        of any mode, or an array of NumPy, JAX or torch: [H, W] or [H, W, 1|3|4] of uint8, uint16,
-        bool or floats in [0, 1].
+      value: a path (str or PathLike), a file:// or http(s):// URL, the bytes of a file, a binary
+        file that is open (read from where it is), a PIL image of any mode, or an array of NumPy,
+        JAX or torch: [H, W] or [H, W, 1|3|4] of uint8, uint16, bool or floats in [0, 1].
       name: what messages call a picture that has no path.
       reach: where names may lead: "web", "files" (paths and file:// only: for names that come with
         the data) or "nothing" (for servers). VLM_JAX_FETCH=0 also switches the web off.
@@ -59,6 +61,8 @@ def as_image(value: Any, *, name: str = "", reach: str = "web") -> np.ndarray:
     if isinstance(value, Image.Image):
         return image_files.to_rgb(value, name or f"PIL image ({value.mode})")
     name = name or "picture"
+    if hasattr(value, "read"):
+        return decode(_content(value, name), name=name)
     array = host_array(value)
     if array is None:
         raise ImageError(f"{name}: a {type(value).__name__} is no picture; give {_KINDS}")
@@ -106,7 +110,7 @@ def one_or_many(values: Any) -> tuple[list[Any], bool]:
     Raises:
       ImageError: neither.
     """
-    kinds = str | os.PathLike | bytes | bytearray | memoryview | Image.Image
+    kinds = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | io.IOBase
     array = None if isinstance(values, kinds) else host_array(values)
     if isinstance(values, kinds) or (array is not None and array.ndim in (2, 3)):
         return [values], True
@@ -118,7 +122,22 @@ def one_or_many(values: Any) -> tuple[list[Any], bool]:
     return list(values), False
 
 
+def _content(file: Any, name: str) -> bytes:
+    try:
+        content = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: closed
+        raise ImageError(f"{name}: cannot read: {error}") from error
+    if not isinstance(content, bytes) or len(content) > MAX_BYTES:
+        raise ImageError(f"{name}: an open file must be binary and have at most {MAX_BYTES} bytes")
+    return content
+
+
 def _named(text: str, reach: str) -> np.ndarray:
+    scheme = re.match(r"data:|[a-z][a-z0-9+.-]+://", text, re.IGNORECASE)
+    if scheme and scheme[0].lower() not in ("file://", "http://", "https://"):
+        raise ImageError(f"{text:.80}: {scheme[0]} is not read; give a file, or its bytes")
+    if len(text) > _MAX_NAME:
+        raise ImageError(f"{text:.80}...: {len(text)} characters are no name of a file")
     if reach == "nothing":
         raise ImageError(f"{text}: paths and URLs are not taken here; give the content")
     if not web.is_url(text):
@@ -139,13 +158,23 @@ def _local(text: str) -> str:
 
 
 def host_array(value: Any) -> np.ndarray | None:
-    """A NumPy, JAX or torch array as NumPy's, bfloat16 as float32; None for anything else."""
-    if hasattr(value, "detach"):  # torch, perhaps on a device, perhaps bfloat16
-        value = value.detach().cpu()
-        value = value.float() if value.is_floating_point() else value
+    """A NumPy, JAX or torch array as NumPy's, bfloat16 as float32; None for anything else.
+
+    Raises:
+      ImageError: an array without plain values: sparse, deleted, being traced, with masked ones.
+    """
     if not hasattr(value, "__array__"):
         return None
-    array = np.asarray(value)
+    if np.ma.is_masked(value):
+        raise ImageError("an array with masked values; fill them first: array.filled(0)")
+    try:
+        if hasattr(value, "detach"):  # torch, perhaps on a device, perhaps bfloat16
+            value = value.detach().cpu().resolve_conj().resolve_neg()
+            value = value.float() if value.is_floating_point() else value
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        cause = str(error).partition("\n")[0]
+        raise ImageError(f"a {type(value).__name__} gives no plain values: {cause}") from error
     # bfloat16 and the like are no floats to NumPy.
     return array.astype(np.float32) if "float" in array.dtype.name else array
 

@@ -29,6 +29,9 @@ Record = dict[str, Any]
 TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how files of it, and of UTF-32, begin
+
+
 class DataError(ValueError):
     """Input that cannot be used; the message names the file or record, the cause, the remedy."""
 
@@ -60,12 +63,22 @@ def parse_json(content: str | bytes) -> Any:
     """What a JSON text says.
 
     Raises:
-      BadRecordError: not JSON, not UTF-8, numbers or nesting beyond what Python reads.
+      BadRecordError: not JSON, not UTF-8, a key twice, numbers or nesting beyond what Python reads.
     """
     try:
-        return json.loads(content)
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")
+        return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise BadRecordError(f"{type(error).__name__}: {error}") from error
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r:.40} comes twice in one object")
+    return found
 
 
 def keys_of(record: Mapping[Any, Any]) -> list[str]:
@@ -90,7 +103,7 @@ def unpack(content: bytes) -> Record:
     import msgpack
 
     try:
-        record = msgpack.unpackb(content, raw=False)
+        record = msgpack.unpackb(content, raw=False, object_pairs_hook=_unique)
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise BadRecordError(f"not a msgpack record: {type(error).__name__}: {error}") from error
     if not isinstance(record, dict):

@@ -34,7 +34,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vlm_jax.data import array_records, bad_records, records, shard_files, sidecar, tar_index
+from vlm_jax.data import (
+    array_records,
+    bad_records,
+    file_kind,
+    records,
+    shard_files,
+    sidecar,
+    tar_index,
+)
 
 MAX_LINE = 16 * 2**20  # bytes; a longer line is left out, not read
 _MAX_BAD = 100_000  # lines that are named, where there are not more good ones
@@ -137,7 +145,7 @@ class JsonLines(shard_files.Files):
         super().__init__(path)
         tables = []
         for number, (file, stamp) in enumerate(zip(self.paths, self._stamps)):
-            index = sidecar.load("jsonl-2", [stamp], lambda f=file: _scan(f))
+            index = sidecar.load("jsonl-3", [stamp], lambda f=file: _scan(f))
             tables.append(np.insert(index["lines"], 0, number, axis=1))
             for line, cause in zip(index["bad_lines"], index["bad_causes"]):
                 self.skipped.append((f"{file}:{line}", str(cause)))
@@ -184,6 +192,8 @@ def _parse(line: bytes) -> records.Record:
 def _scan(path: pathlib.Path) -> dict[str, np.ndarray]:
     found, bad_lines, bad_causes, offset = [], [], [], 0
     with path.open("rb") as stream:
+        if stream.peek(2)[:2] in records.UTF_16:
+            raise records.DataError(f"{path}: is UTF-16, not UTF-8; save it as UTF-8")
         for number, (line, size) in enumerate(lines(stream), 1):
             try:
                 if line is None:
@@ -200,6 +210,8 @@ def _scan(path: pathlib.Path) -> dict[str, np.ndarray]:
                         f"objects, the first is line {bad_lines[0]}: {bad_causes[0]}"
                     ) from error
             offset += size
+    if bad_lines and not found and (reason := file_kind.not_data(path)):
+        raise records.DataError(f"{path} {reason}")
     return {
         "lines": np.array(found, np.int64).reshape(-1, 3),
         "bad_lines": np.array(bad_lines, np.int64),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from vlm_jax.data import records
+from vlm_jax.data import file_kind, records
 
 _BLOCK = 512
 _MAX_NAME = 4096  # bytes; longer paths do not exist on Linux
@@ -53,8 +53,9 @@ def scan(path: pathlib.Path) -> dict[str, np.ndarray]:
                     bad.append((shown, "the name occurs twice in the shard; the last one counts"))
                 found[key] = (name, offset, length)
     except tarfile.TarError as error:
+        cause = file_kind.not_data(path) or error
         raise records.DataError(
-            f"{path}: {error}; shards must be complete and uncompressed (gunzip them first)"
+            f"{path}: {cause}; shards must be complete and uncompressed (gunzip them first)"
         ) from error
     except OSError as error:
         raise records.DataError(f"{path}: cannot read: {error.strerror}") from error
@@ -114,7 +115,8 @@ def _members(read: Read, total: int) -> Iterator[tuple[bytes, int, int, str]]:
             raise tarfile.TarError(f"member {name[:200].decode(errors='replace')!r} is cut off")
         yield name, offset, size, _cause(name, info, extended)
         offset += -(-size // _BLOCK) * _BLOCK
-    if read(offset, _MAX_REST).strip(b"\0"):
+    # Archives end in zeros up to a whole record, of 10 KiB in general.
+    if total - offset > _MAX_REST or read(offset, _MAX_REST).strip(b"\0"):
         yield b"end of the archive", offset, 0, "more data follow it; are these several archives?"
 
 

@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from vlm_jax.data import records, sources, tar_index
+from vlm_jax.data import file_kind, records, sources, tar_index
 
 FORMS = (".tar", ".txt", ".tsv", ".csv", ".jsonl")
 MAX_LINE = 2**20  # bytes
@@ -218,9 +218,12 @@ def _text(line: bytes | None, cut: bool) -> dict[str, Any]:
 
 def _decode(content: bytes) -> str:
     try:
-        return content.decode()
+        text = content.decode()
     except UnicodeDecodeError as error:
         raise records.BadRecordError(f"not UTF-8: {error}") from error
+    if "\0" in text:
+        raise records.BadRecordError("a zero byte in the text: UTF-16, or no text")
+    return text
 
 
 def _whole(line: bytes | None) -> bytes:
@@ -232,7 +235,10 @@ def _whole(line: bytes | None) -> bytes:
 @contextlib.contextmanager
 def _lines(file: pathlib.Path) -> Iterator[Iterator[bytes | None]]:
     with _opened(file) as stream:
-        yield (line for line, _ in sources.lines(io.BufferedReader(stream), MAX_LINE))
+        buffered = io.BufferedReader(stream)
+        if buffered.peek(2)[:2] in records.UTF_16:
+            raise records.DataError(f"{file}: is UTF-16, not UTF-8; save it as UTF-8")
+        yield (line for line, _ in sources.lines(buffered, MAX_LINE))
 
 
 @contextlib.contextmanager
@@ -250,6 +256,9 @@ def _plain(file: pathlib.Path) -> Iterator[pathlib.Path]:
 @contextlib.contextmanager
 def _opened(file: pathlib.Path) -> Iterator[io.RawIOBase]:
     try:
+        # An empty file is one without captions.
+        if file.stat().st_size and (reason := file_kind.not_data(file)):
+            raise records.DataError(f"{file} {reason}")
         with file.open("rb", buffering=0) as raw:
             if not file.name.lower().endswith(".gz"):
                 yield raw

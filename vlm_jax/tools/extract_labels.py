@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="extract_labels", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--path", nargs="+", required=True, help="files, globs or folders")
+    parser.add_argument(
+        "--path", nargs="+", action="extend", required=True, help="files, globs or folders"
+    )
     parser.add_argument("--to", required=True, help="folder for the labels")
     parser.add_argument("--column", default="", help="of the captions in .csv, .tsv and .jsonl")
     parser.add_argument("--tagger", default="nltk", help="nltk (the reference's) or textblob")
@@ -232,7 +234,7 @@ class _Job(NamedTuple):
 
 
 class _Unit(NamedTuple):
-    """One part of one file: its rows [start, stop)."""
+    """One part of one file: its rows [start, stop), or why they cannot be read."""
 
     job: _Job
     tagger: str
@@ -240,6 +242,7 @@ class _Unit(NamedTuple):
     parts: int
     start: int
     stop: int | None
+    error: Exception | None = None
 
     @property
     def output(self) -> pathlib.Path:
@@ -255,17 +258,17 @@ class _Outcome(NamedTuple):
 
 def _units(todo, tagger, rows_per_part, waiting) -> Iterator[_Unit]:
     for job in todo:
-        parts, bounds = 1, [(0, None)]
+        parts, bounds, error = 1, [(0, None)], None
         if caption_files.form_of(job.file) != ".tar":  # a line file may hold everything
             try:
                 count = caption_files.count(job.file, job.column)
                 parts = min(_MAX_PARTS, max(1, -(-count // rows_per_part)))
                 bounds = [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
-            except (ValueError, OSError):
-                pass  # said by the part that cannot read it
+            except (ValueError, OSError) as unreadable:
+                error = unreadable  # said by the part, which reads nothing
         waiting[job] = parts
         for part, (start, stop) in enumerate(bounds):
-            yield _Unit(job, tagger, part, parts, start, stop)
+            yield _Unit(job, tagger, part, parts, start, stop, error)
 
 
 def _run(units: Iterator[_Unit], workers: int) -> Iterator[tuple[_Unit, Any]]:
@@ -288,6 +291,8 @@ def _run(units: Iterator[_Unit], workers: int) -> Iterator[tuple[_Unit, Any]]:
 
 
 def _try(unit: _Unit) -> _Outcome | Exception:
+    if unit.error:
+        return unit.error
     try:
         return _extract(unit)
     except (ValueError, OSError) as error:

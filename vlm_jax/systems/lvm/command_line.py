@@ -34,7 +34,7 @@ EXAMPLE = "--continue a.png b.png"  # what a finished run suggests
 def add_arguments(parser):
     """Adds the arguments of this system."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--continue", dest="frames", nargs="+", metavar="IMAGE")
+    what.add_argument("--continue", dest="frames", nargs="+", action="extend", metavar="IMAGE")
     what.add_argument("--pair", action="append", nargs=2, metavar="IMAGE")
     what.add_argument("--jsonl", metavar="FILE")
     parser.add_argument("--query", metavar="IMAGE", help="with --pair")

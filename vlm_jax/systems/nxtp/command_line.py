@@ -36,7 +36,7 @@ EXAMPLE = "--image photo.jpg"  # what a finished run suggests
 def add_arguments(parser):
     """Adds the arguments of this system."""
     add = parser.add_argument
-    add("--image", nargs="+", required=True, metavar="INPUT", help="see above")
+    add("--image", nargs="+", action="extend", required=True, metavar="INPUT", help="see above")
     add("--k", type=int, default=20, help="labels per photo, before merging")
     add("--max_tokens", type=int, default=model_lib.MAX_TOKENS, help="of a label")
     add("--ranking", default="prob", choices=model_lib.RANKINGS, help="what sorts the labels")

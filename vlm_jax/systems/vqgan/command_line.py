@@ -28,7 +28,7 @@ EXAMPLE = "--image photo.jpg"  # what a finished run suggests
 def add_arguments(parser):
     """Adds the arguments of this system."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--image", nargs="+", metavar="INPUT", help="see above")
+    what.add_argument("--image", nargs="+", action="extend", metavar="INPUT", help="see above")
     what.add_argument("--ids", metavar="FILE", help="lines to decode, see above")
     add = parser.add_argument
     add("--batch_size", type=int, default=16, help="pictures per device call")
