@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlm_jax.nn import linear, norms
-from vlm_jax.ops import attention
+from vlm_jax.ops import attention, matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Bert(nnx.Module):
         """Mean of the real tokens' outputs, float32[B, D]; not of unit length."""
         hidden_btd = self(tokens_bt, valid_bt).astype(jnp.float32)
         weight_bt = valid_bt.astype(jnp.float32)
-        total_bd = jnp.einsum("btd,bt->bd", hidden_btd, weight_bt)
+        total_bd = matmul.einsum("btd,bt->bd", hidden_btd, weight_bt)
         return total_bd / jnp.maximum(weight_bt.sum(axis=1, keepdims=True), 1.0)
 
 

@@ -295,7 +295,7 @@ class Clip(nnx.Module):
         """Scaled cosines of all images and texts, float32[B_image, B_text]."""
         image_be, text_be = unit(self.vision(image_byxc)), unit(self.text(tokens_bt))
         scale = jnp.exp(self.logit_scale[...].astype(jnp.float32))
-        return scale * jnp.einsum("ie,te->it", image_be, text_be)
+        return scale * matmul.einsum("ie,te->it", image_be, text_be)
 
 
 def unit(x_be):

@@ -348,7 +348,7 @@ class Llama(nnx.Module):
         # Stored (out, in) in the decode layout and when tied; no transpose is materialised.
         rows = self.cfg.tie_embeddings or self.cfg.fused
         kernel = self.embed.table if self.cfg.tie_embeddings else self.lm_head.kernel
-        logits_btv = jnp.einsum(
+        logits_btv = matmul.einsum(
             "btd,vd->btv" if rows else "btd,dv->btv",
             hidden_btd,
             kernel[...].astype(hidden_btd.dtype),

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from vlm_jax.ops import matmul
+
 _DIMS = ("NHWC", "HWIO", "NHWC")
 SAME3 = ((1, 1), (1, 1))
 # Ours: where `upsample_conv2d` starts to win on CPU (256 to 768 channels, batch 1).
@@ -30,12 +32,14 @@ def conv2d(x_byxc, kernel_yxcd, bias_d, *, stride=1, padding=SAME3):
     Returns:
       float[B, H', W', D].
     """
+    kernel_yxcd = kernel_yxcd.astype(x_byxc.dtype)
     y_byxd = lax.conv_general_dilated(
         x_byxc,
-        kernel_yxcd.astype(x_byxc.dtype),
+        kernel_yxcd,
         window_strides=(stride, stride),
         padding=padding,
         dimension_numbers=_DIMS,
+        precision=matmul.precision_of(x_byxc, kernel_yxcd),
     )
     return y_byxd + bias_d.astype(x_byxc.dtype)
 

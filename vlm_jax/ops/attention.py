@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from vlm_jax.ops import masks, partition
+from vlm_jax.ops import masks, matmul, partition
 
 _BLOCK = 256  # queries per block; ours: best of 128..1024 on CPU, 1,024 tokens
 _MAX_BLOCKS = 16  # the blocks are unrolled; longer sequences use larger ones
@@ -102,7 +102,8 @@ def attend(
         case "splash":
             segments = q_segments_bt, kv_segments_bs
             kind = _splash_mask(causal, where["prefix"])
-            return _splash(q_btnh, k_bskh, v_bskh, scale, kind, segments, kv_valid_bs)
+            with matmul.precision_within(q_btnh, k_bskh, v_bskh):
+                return _splash(q_btnh, k_bskh, v_bskh, scale, kind, segments, kv_valid_bs)
     known = "xla, blocks, cudnn, splash"
     raise ValueError(f"unknown attention implementation {implementation!r}; known: {known}")
 
@@ -157,15 +158,16 @@ def dense_mask(
 
 def _xla(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where):
     mask_bts = dense_mask(q_btnh.shape[1], k_bskh.shape[1], **where)
-    return jax.nn.dot_product_attention(
-        q_btnh,
-        k_bskh,
-        v_bskh,
-        bias=bias_bnts,
-        mask=None if mask_bts is None else mask_bts[:, None],
-        scale=scale,
-        implementation="xla",
-    )
+    with matmul.precision_within(q_btnh, k_bskh, v_bskh):
+        return jax.nn.dot_product_attention(
+            q_btnh,
+            k_bskh,
+            v_bskh,
+            bias=bias_bnts,
+            mask=None if mask_bts is None else mask_bts[:, None],
+            scale=scale,
+            implementation="xla",
+        )
 
 
 def _blocks(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where):
@@ -186,7 +188,7 @@ def _blocks(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where):
     for start in range(0, t, block):
         rows = slice(start, min(start + block, t))
         cols = slice(0, max(rows.stop, prefix) if triangle else s)
-        scores = jnp.einsum(
+        scores = matmul.einsum(
             "bkgth,bksh->bkgts",
             q_bkgth[:, :, :, rows],
             k_bksh[:, :, cols],
@@ -211,7 +213,7 @@ def _blocks(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where):
         # Normalised after the product with v, where the sum is over h instead of s: the backward
         # pass then has no reduction over [t, s] either. The maximum cancels, in the gradient too.
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        o_bkgth = jnp.einsum(
+        o_bkgth = matmul.einsum(
             "bkgts,bksh->bkgth",
             weights.astype(v_bskh.dtype),
             v_bksh[:, :, cols],
@@ -233,13 +235,13 @@ def _one_query(q_b1nh, k_bskh, v_bskh, scale, **where):
     (b, _, n, h), (s, k) = q_b1nh.shape, k_bskh.shape[1:3]
     k_zsh, v_zsh = (x.swapaxes(1, 2).reshape(b * k, s, h) for x in (k_bskh, v_bskh))
     q_zgh = (q_b1nh * scale).reshape(b * k, n // k, h)
-    scores_zgs = jnp.einsum("zsh,zgh->zgs", k_zsh, q_zgh, preferred_element_type=jnp.float32)
+    scores_zgs = matmul.einsum("zsh,zgh->zgs", k_zsh, q_zgh, preferred_element_type=jnp.float32)
     mask_bts = dense_mask(1, s, **where)
     if mask_bts is not None:
         mask_z1s = jnp.repeat(jnp.broadcast_to(mask_bts, (b, 1, s)), k, axis=0)
         scores_zgs = jnp.where(mask_z1s, scores_zgs, _MASKED)
     probs_zgs = jax.nn.softmax(scores_zgs, axis=-1).astype(v_bskh.dtype)
-    return jnp.einsum("zgs,zsh->zgh", probs_zgs, v_zsh).reshape(b, 1, n, h)
+    return matmul.einsum("zgs,zsh->zgh", probs_zgs, v_zsh).reshape(b, 1, n, h)
 
 
 def attend_branches(
@@ -275,13 +277,13 @@ def attend_branches(
     # Axis z is batch and key heads in one, as in the cache; see _one_query.
     k_zsh, v_zsh = (x.swapaxes(1, 2).reshape(b * k, s, h) for x in (prefix_k_bskh, prefix_v_bskh))
     q_zqh = q_brnh.reshape(b, r, k, g, h).swapaxes(1, 2).reshape(b * k, r * g, h)
-    scores_zqs = jnp.einsum("zqh,zsh->zqs", q_zqh, k_zsh, preferred_element_type=jnp.float32)
+    scores_zqs = matmul.einsum("zqh,zsh->zqs", q_zqh, k_zsh, preferred_element_type=jnp.float32)
     if prefix_valid_bs is not None:
         valid_z1s = jnp.repeat(prefix_valid_bs, k, axis=0)[:, None]
         scores_zqs = jnp.where(valid_z1s, scores_zqs, _MASKED)
     top_zq = scores_zqs.max(axis=-1)
     weights_zqs = jnp.exp(scores_zqs - top_zq[..., None])
-    o_zqh = jnp.einsum(
+    o_zqh = matmul.einsum(
         "zqs,zsh->zqh", weights_zqs.astype(v_zsh.dtype), v_zsh, preferred_element_type=jnp.float32
     )
     branch = lambda x: x.reshape(b, k, r, g, *x.shape[2:]).swapaxes(1, 2)  # noqa: E731
@@ -290,12 +292,12 @@ def attend_branches(
     # Products, however small: XLA's CPU backend does not vectorise sums of products over one axis.
     f32 = dict(preferred_element_type=jnp.float32)
     q_brkgh = q_brnh.reshape(b, r, k, g, h)
-    scores_brkgt = jnp.einsum("brkgh,brkth->brkgt", q_brkgh, own_k_brkth, **f32)
+    scores_brkgt = matmul.einsum("brkgh,brkth->brkgt", q_brkgh, own_k_brkth, **f32)
     used_t = jnp.arange(own_k_brkth.shape[3]) < length
     scores_brkgt = jnp.where(used_t, scores_brkgt, _MASKED)
     merged_brkg = jnp.maximum(top_brkg, scores_brkgt.max(axis=-1))
     weights_brkgt = jnp.exp(scores_brkgt - merged_brkg[..., None])
-    own_brkgh = jnp.einsum(
+    own_brkgh = matmul.einsum(
         "brkgt,brkth->brkgh", weights_brkgt.astype(own_v_brkth.dtype), own_v_brkth, **f32
     )
     rescale_brkg = jnp.exp(top_brkg - merged_brkg)

@@ -17,7 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.ops import partition
+from vlm_jax.ops import matmul, partition
 
 
 def token_factors(weights_bt: jax.Array, mean: str = "token") -> jax.Array:
@@ -125,8 +125,10 @@ def _chunked_forward(hidden_btd, head_dv, targets_bt, factor_bt, chunk):
     def add(sums, part):
         loss, right, slope_btv = _score(head, *part)
         slope_btv = slope_btv.astype(head.dtype)
-        d_hidden = jnp.einsum("btv,dv->btd", slope_btv, head)
-        d_head = jnp.einsum("btd,btv->dv", part[0], slope_btv, preferred_element_type=jnp.float32)
+        d_hidden = matmul.einsum("btv,dv->btd", slope_btv, head)
+        d_head = matmul.einsum(
+            "btd,btv->dv", part[0], slope_btv, preferred_element_type=jnp.float32
+        )
         return (sums[0] + loss, sums[1] + right, sums[2] + d_head), d_hidden
 
     start = (0.0, 0.0, jnp.zeros(head_dv.shape, jnp.float32))
@@ -167,7 +169,9 @@ def _split(hidden_btd, targets_bt, factor_bt, chunk):
 
 def _score(head_dv, hidden_btd, targets_bt, factor_bt):
     """(summed loss, summed right answers, d loss / d logits) of one chunk."""
-    logits_btv = jnp.einsum("btd,dv->btv", hidden_btd, head_dv, preferred_element_type=jnp.float32)
+    logits_btv = matmul.einsum(
+        "btd,dv->btv", hidden_btd, head_dv, preferred_element_type=jnp.float32
+    )
     logits_btv = partition.constrain(logits_btv, partition.BATCH, None, "tensor")
     hit_btv = targets_bt[..., None] == jnp.arange(logits_btv.shape[-1])
     top_bt = logits_btv.max(axis=-1)

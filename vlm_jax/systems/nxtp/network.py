@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from vlm_jax.models import clip, llama, vgg_tower
 from vlm_jax.nn import functional
-from vlm_jax.ops import attention, partition, rope
+from vlm_jax.ops import attention, matmul, partition, rope
 
 NUM_ADDED = 2  # ids behind the vocabulary: image marker, then empty
 
@@ -127,7 +127,7 @@ class Projection(nnx.Module):
     def __call__(self, x_btc):
         """x_btc of the tower -> x_btd."""
         kernel_cd = self.kernel[...].astype(self.dtype)
-        return jnp.einsum("btc,cd->btd", x_btc.astype(self.dtype), kernel_cd)
+        return matmul.einsum("btc,cd->btd", x_btc.astype(self.dtype), kernel_cd)
 
 
 class Decoder(llama.Llama):
