@@ -275,13 +275,15 @@ def alone(cfg, ks, batches, rounds):
     low = dict(dtype="bfloat16", param_dtype="bfloat16")
     vision, decoder = (dataclasses.replace(x, **low) for x in (cfg.vision, cfg.decoder))
     cfg = network.NxtpConfig(vision, decoder)
-    fn, params = decode_form(cfg, random_params(cfg))
+    fn, params = jax.block_until_ready(decode_form(cfg, random_params(cfg)))
+    print("parameters are there", flush=True)  # so that a run cut short shows where the time went
     rows = []
     for k in ks:
         for batch in batches:
             run = ours(cfg, fn, params, k, batch)
             image = np.random.default_rng(0).normal(size=shape_of(cfg, batch)).astype(np.float32)
             run(image)
+            print(f"k {k}, batch {batch}: compiled", flush=True)
             times = machine.take_turns({"vlm_jax": functools.partial(run, image)}, rounds)
             wall = times["vlm_jax"].wall_s
             row = {"k": k, "batch": batch, "ms": f"{wall * 1e3:.1f}"}
