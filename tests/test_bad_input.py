@@ -1,5 +1,6 @@
 """What a user can get wrong, through the command line: one message, exit status 2, no trace."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -7,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from vlm_jax import image_tokenizer, main, predict
+from vlm_jax import image_tokenizer, main, predict, recipes
+from vlm_jax import run as run_lib
 from vlm_jax.datasets import visual_sentences
 from vlm_jax.systems.lvm import token_files
 
@@ -86,6 +88,10 @@ def write(path, sentences):
         ("--config.optim.lr=nan", ["optim: lr=nan"]),
         ("--config.train.seed=-1", ["train: seed=-1 must be between 0 and"]),
         ("--config.train.save_every=-5", ["train: save_every=-5"]),
+        ("--config.train.steps=9999999999", ["train: steps=9999999999"]),
+        ("--config.train.batch_size=9999999999", ["train: batch_size=9999999999"]),
+        ("--config.optim.eps=1" + "0" * 400, ["optim"]),
+        ("--config.system=os.path", ["'os.path' is no system", "make_task and no make_formatter"]),
         ("--config.data.num_workers=-1", ["data: num_workers=-1"]),
         ("--config.task.codebook_size=5000", ["codebook_size=5000", "vocab_size=1124"]),
         ("--config.data.packing=tight", ["packing='tight'", "stream"]),
@@ -134,6 +140,10 @@ def test_arguments_that_would_be_ignored(capsys, tmp_path, arguments, words):
         ("typo.py", ["SyntaxError", "typo.py"]),
         ("raises.py", ["ZeroDivisionError", "raises.py:2"]),
         ("no_function.py", ["get_config"]),
+        ("returns.py", ["get_config() returned 3, not"]),
+        ("returns.py:text", ["get_config() returned 'text'"]),
+        ("exits.py", ["ends the program, by sys.exit(0)"]),
+        ("lacks.py", ["lacks.py: KeyError: 'a'"]),
         ("own.py:tinyy", ["own.py:tinyy"]),
         ("", ["no recipe"]),
     ],
@@ -144,6 +154,9 @@ def test_recipes_that_cannot_be_read(capsys, tmp_path, name, words):
     (tmp_path / "typo.py").write_text("def get_config(:\n")
     (tmp_path / "raises.py").write_text("def get_config(arg=''):\n    return 1 / 0\n")
     (tmp_path / "no_function.py").write_text("x = 1\n")
+    (tmp_path / "returns.py").write_text("def get_config(arg=3):\n    return arg\n")
+    (tmp_path / "exits.py").write_text("def get_config():\n    raise SystemExit(0)\n")
+    (tmp_path / "lacks.py").write_text("def get_config():\n    return {}['a']\n")
     (tmp_path / "own.py").write_text("def get_config():\n    return {}\n")
     given = ["main", f"--config={tmp_path}/{name}", f"--workdir={tmp_path / 'run'}"]
     err = fails(capsys, given, *words)
@@ -264,3 +277,15 @@ def test_a_run_of_another_system_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="run of the system 'vqgan', not of 'lvm'"):
         vlm_jax.load("lvm", str(tmp_path))
+
+
+def test_overrides_reach_into_sections_that_a_recipe_leaves_out(tmp_path):
+    recipe = tmp_path / "short.py"
+    recipe.write_text("def get_config():\n    return {'system': 'lvm'}\n")
+    sys.modules.pop("config_config", None)
+    given = [f"--config={recipe}", f"--workdir={tmp_path}", "--config.init.insist=True"]
+    config = main._parse(["main", *given, "--config.mesh.fsdp=2"]).config
+    assert config.init.to_dict() == {"insist": True} and config.mesh.fsdp == 2
+    fields = {field.name: field for field in dataclasses.fields(run_lib.Recipe)}
+    sections = {name for name in fields if name not in ("system", "model", "train", "data", "path")}
+    assert set(recipes.OPTIONAL) == sections

@@ -1,8 +1,11 @@
 """What a console cannot show costs no result."""
 
+import errno
 import io
 import pathlib
 import sys
+
+import pytest
 
 import vlm_jax
 from vlm_jax import console
@@ -22,6 +25,35 @@ def test_any_text_is_printed(monkeypatch):
         assert shown.startswith("東京 ☕" if encoding == "utf-8" else r"\u6771\u4eac \u2615")
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # cannot be set: any text goes anyway
     console.tolerate_any_text()
+
+
+class Gone(io.RawIOBase):
+    """A pipe that nobody reads, or a disk that is full."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        raise self.error
+
+
+def test_a_console_that_is_gone_ends_nothing(monkeypatch):
+    def stream(error):
+        return io.TextIOWrapper(io.BufferedWriter(Gone(error)), write_through=True)
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(sys, "stdout", stream(BrokenPipeError()))
+    monkeypatch.setattr(sys, "stderr", stream(full))
+    console.tolerate_any_text()
+    print("text", flush=True)
+    print("text", file=sys.stderr, flush=True)
+    monkeypatch.setattr(sys, "stdout", stream(full))  # results are missed there
+    console.tolerate_any_text()
+    with pytest.raises(OSError, match="No space left"):
+        print("text", flush=True)
 
 
 def test_every_program_prints_so():

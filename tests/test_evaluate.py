@@ -139,3 +139,36 @@ def test_an_empty_path_makes_an_evaluation_inactive(capsys):
     evals["masks"]["typ"] = 1
     with pytest.raises(config_lib.ConfigError, match="typ"):
         evaluate.make(evals)
+
+
+@pytest.mark.parametrize("field", ["batch_size", "every", "max_batches"])
+def test_counts_that_cannot_be(field):
+    for value in (-1, -(10**30)):
+        entry = {"type": "perplexity", "data": dict(mixture=dict(a=dict(type="jsonl", path="a")))}
+        with pytest.raises(config_lib.ConfigError, match=f"evals.e: {field}={value} must be"):
+            evaluate.make({"e": {**entry, field: value}})
+    with pytest.raises(config_lib.ConfigError, match="evals.e: batch_size=0 must be"):
+        evaluate.make({"e": {**entry, "batch_size": 0}})
+
+
+def test_what_is_no_evaluation():
+    with pytest.raises(config_lib.ConfigError, match="evals.e=1 is not a dict with a 'type'"):
+        evaluate.make({"e": 1})
+    with pytest.raises(config_lib.ConfigError, match="'os.path' is no evaluator: it has no Eval"):
+        evaluate.make({"e": dict(type="os.path", data={})})
+    with pytest.raises(config_lib.ConfigError, match="no evaluator called '.perplexity'"):
+        evaluate.make({"e": dict(type=".perplexity", data={})})
+
+
+def test_an_evaluator_that_ends_the_program_has_failed(tmp_path):
+    class Ends(Evaluator):
+        def run(self, **_):
+            raise SystemExit(0)
+
+    evaluation = make()
+    evaluation.evaluator = Ends()
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=1, tensor=4))
+    shardings = {"b": sharding.replicated(mesh)}
+    runner = evaluate.Runner(Task(), Formatter(), mesh, shardings, 0)
+    scores, why = runner.attempt(evaluation, {"b": np.float32(1)}, tmp_path)
+    assert scores == {"eval/own/failed": 1.0} and "'own' failed: SystemExit: 0" in why

@@ -50,6 +50,10 @@ def test_bad_settings_are_named():
         guards.make({"a": dict(metric="loss")})
     with pytest.raises(config_lib.ConfigError, match="unknown key train.guards.a.maximum"):
         guards.make({"a": dict(metric="loss", maximum=3.0)})
+    with pytest.raises(config_lib.ConfigError, match="train.guards.a: min=nan"):
+        guards.make({"a": dict(metric="loss", min=float("nan"))})
+    with pytest.raises(config_lib.ConfigError, match="train.guards.a=3 is not a section"):
+        guards.make({"a": 3})
     with pytest.raises(config_lib.ConfigError, match="patience=0"):
         train.TrainConfig(
             steps=1, batch_size=1, guards={"a": dict(metric="loss", max=1.0, patience=0)}

@@ -209,6 +209,8 @@ def test_curves(tmp_path, monkeypatch, matplotlib):
             writer.write(step, {**speed, "train/loss": 5 / step})
         writer.write(19, {"held_out/loss": 2.0})
         writer.write(19, {"broken": float("nan")})
+    with open(tmp_path / metric_writer.FILE, "a") as file:
+        file.write(json.dumps({"step": 19, "edited": 10**400}) + "\n")
     names = list(curves.collect(tmp_path))
     assert names == ["train/loss", "held_out/loss", "speed/steps_per_s", "speed/rows_per_s"]
     path = curves.draw(tmp_path)

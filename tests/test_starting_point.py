@@ -8,6 +8,7 @@ import pytest
 
 from vlm_jax import checkpoints, starting_point
 from vlm_jax import config as config_lib
+from vlm_jax.systems import lvm
 
 RANDOM = {"vision": {"w": jnp.zeros(2), "v": jnp.zeros(3)}, "decoder": {"w": jnp.zeros(4)}}
 
@@ -83,3 +84,28 @@ def test_other_shapes_and_names_are_refused(tmp_path):
         lay({"decoder": {"v": jnp.zeros(1)}})
     with pytest.raises(config_lib.ConfigError, match=r"decoder/w has shape \(5,\), .*needs \(4,\)"):
         lay({"decoder": {"w": jnp.zeros(5)}})
+
+
+def test_a_run_whose_model_computes_something_else_is_refused():
+    model = dict(vocab_size=16, width=8, depth=1, mlp_width=8, num_heads=2, max_tokens=8)
+    task = dict(codebook_size=8, tokens_per_image=2, context_images=1)
+    ours = {"system": "lvm", "model": model, "task": task}
+
+    def make(config):
+        return lvm.make_task(config["model"], **config["task"]), None
+
+    def compare(insist=False, **other):
+        init = checkpoints.InitConfig(insist=insist)
+        theirs = {"system": "lvm", "model": {**model, **other}}
+        starting_point.comparison(init, ours, make)("init.run=R (step 7)", theirs)
+
+    with pytest.raises(config_lib.ConfigError, match=r"init.run=R \(step 7\).*") as refused:
+        compare(rms_eps=0.1, dtype="bfloat16")
+    assert "model.rms_eps: 0.1 -> (not set)" in str(refused.value)
+    assert "dtype" not in str(refused.value) and "init.insist=True" in str(refused.value)
+    with pytest.raises(config_lib.ConfigError, match=r"model.rope_theta: 5.0 -> \(not set\)"):
+        compare(rope_theta=5.0)
+    compare(insist=True, rope_theta=5.0)
+    compare(dtype="bfloat16", max_tokens=16, rms_eps=1e-6)  # a default written out
+    compare(depth=2, rms_eps=0.1)  # other shapes: said when they are laid
+    compare(no_such_field=2)  # of another system

@@ -83,6 +83,12 @@ def test_the_quicker_of_two_that_take_over_keeps_it(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_link_to_nowhere_in_its_place(tmp_path):
+    (tmp_path / workdir_lock.FILE).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OSError, match="run.lock is a link to nowhere"):
+        workdir_lock.WorkdirLock(tmp_path)
+
+
 def test_without_hard_links(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError("no links here")

@@ -38,7 +38,7 @@ def section(cls: type, values: Mapping[str, Any] | None, name: str) -> Any:
     Raises:
       ConfigError: unknown or missing keys, wrong types; all of them in one message.
     """
-    values = plain(values or {})
+    values = _mapping(values, name)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     hints = typing.get_type_hints(cls)
     problems = []
@@ -51,7 +51,10 @@ def section(cls: type, values: Mapping[str, Any] | None, name: str) -> Any:
                 f"needs {getattr(hints[key], '__name__', hints[key])}"
             )
         elif hints[key] is float:
-            values[key] = float(value)
+            try:
+                values[key] = float(value)
+            except OverflowError:
+                problems.append(f"{name}.{key} is an integer that no float holds")
     for key, field in fields.items():
         required = (
             field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -86,7 +89,7 @@ def call(function: Callable[..., Any], values: Mapping[str, Any] | None, name: s
     Raises:
       ConfigError: a key that the function does not take.
     """
-    values = plain(values or {})
+    values = _mapping(values, name)
     parameters = inspect.signature(function).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         known = [key for key, p in parameters.items() if p.kind is not p.POSITIONAL_ONLY]
@@ -104,6 +107,13 @@ def plain(values: Any) -> Any:
         values = values.to_dict()
     if isinstance(values, Mapping):
         return {key: plain(value) for key, value in values.items()}
+    return values
+
+
+def _mapping(values: Any, name: str) -> dict[str, Any]:
+    values = plain({} if values is None else values)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name}={values!r:.60} is not a section: it holds name=value pairs")
     return values
 
 
@@ -145,7 +155,7 @@ def check_ranges(values: Any, **ranges: tuple[float, float]) -> None:
     problems = []
     for name, (low, high) in ranges.items():
         value = values[name] if isinstance(values, Mapping) else getattr(values, name)
-        if _fits(value, float) and math.isfinite(value) and low <= value <= high:
+        if _fits(value, float) and low <= value <= high and abs(value) < math.inf:
             continue
         if (low, high) == POSITIVE:
             limits = "positive"

@@ -5,6 +5,7 @@ of; constants and single values stand in a table below. Drawn with matplotlib wh
 else with Pillow, plainer.
 """
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -66,8 +67,9 @@ def collect(workdir) -> dict[str, list[tuple[int, float]]]:
     for entry in metric_writer.read(workdir):
         step = entry.pop("step")
         for name, value in entry.items():
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                series.setdefault(name, []).append((step, float(value)))
+            with contextlib.suppress(OverflowError):  # an integer that no float holds
+                if isinstance(value, (int, float)) and math.isfinite(value):
+                    series.setdefault(name, []).append((step, float(value)))
 
     def rank(name):
         if name in _FIRST:

@@ -29,6 +29,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import pathlib
 import sys
@@ -69,6 +70,14 @@ class EvalConfig:
     max_batches: int = 0
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        config_lib.check_ranges(
+            self,
+            every=(0, math.inf),
+            batch_size=(1, pipeline.MAX_BATCH_SIZE),
+            max_batches=(0, math.inf),
+        )
+
 
 @dataclasses.dataclass
 class Evaluation:
@@ -89,10 +98,12 @@ def make(evals: Mapping[str, Mapping[str, Any]]) -> list[Evaluation]:
     own = {field.name for field in dataclasses.fields(EvalConfig)} - {"fields"}
     result, inactive = [], []
     for name, values in (evals or {}).items():
+        if not isinstance(values, Mapping):
+            raise config_lib.ConfigError(f"evals.{name}={values!r:.60} is not a dict with a 'type'")
         mine = {key: value for key, value in values.items() if key in own}
         rest = {key: value for key, value in values.items() if key not in own}
         config = config_lib.section(EvalConfig, {**mine, "fields": rest}, f"evals.{name}")
-        module = task_lib.resolve(config.type, "evaluators")
+        module = task_lib.resolve(config.type, "evaluators", ("Evaluator",))
         evaluator = config_lib.section(module.Evaluator, rest, f"evals.{name}")
         data = config_lib.section(pipeline.DataConfig, config.data, f"evals.{name}.data")
         if missing := _empty_path(config_lib.plain(config.data), f"evals.{name}.data"):
@@ -230,7 +241,7 @@ class Runner:
         """
         try:
             return self(evaluation, params, out_dir), ""
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a program that it calls may end itself
             if jax.process_count() > 1:
                 error.add_note(f"during the evaluation {evaluation.name!r}")
                 raise

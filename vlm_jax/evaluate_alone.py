@@ -108,7 +108,8 @@ def run(
         kind = "moving average of the " if averaged and subject.step.has_average else ""
         _say(f"the {kind}parameters of step {subject.number} in {workdir}")
     else:
-        params = starting_point.params_of_init(recipe, task, mesh, load_upstream)
+        compare = starting_point.comparison(recipe.init, meta["config"], make)
+        params = starting_point.params_of_init(recipe, task, mesh, load_upstream, compare)
     evaluate.check_all(evaluations, task, formatter, params, seed)
     shardings = jax.tree.map(lambda x: x.sharding, params)
     runner = evaluate.Runner(task, formatter, mesh, shardings, seed)

@@ -50,8 +50,9 @@ class GuardConfig:
     def __post_init__(self):
         if self.min is None and self.max is None:
             raise ValueError("neither min nor max is set; nothing would be guarded")
-        if self.patience < 1:
-            raise ValueError(f"patience={self.patience} must be at least 1")
+        given = {k: v for k in ("min", "max") if (v := getattr(self, k)) is not None}
+        config_lib.check_ranges(given, **dict.fromkeys(given, (-math.inf, math.inf)))
+        config_lib.check_ranges(self, patience=(1, math.inf), after=(0, math.inf))
 
 
 @dataclasses.dataclass

@@ -11,10 +11,10 @@ every host: TPU pods, SLURM and MPI are found by themselves, elsewhere give --co
 those shipped with the package, which recipes anywhere import by `from configs import lvm_3b`;
 --config=RUN/config.json takes that of a run.
 
-Exit status: 0 done, or saved because SIGTERM or Ctrl-C asked to stop; 1 an error in the code, or
-evaluations that failed; 2 something to mend (the message says what); 3 another process of the job
-failed (its message is repeated) or never came; 130 and 143 Ctrl-C and SIGTERM before there was
-anything to save.
+Exit status: 0 done, or saved because SIGTERM, SIGHUP or Ctrl-C asked to stop; 1 an error in the
+code, or evaluations that failed; 2 something to mend (the message says what); 3 another process of
+the job failed (its message is repeated) or never came; 129, 130 and 143 SIGHUP, Ctrl-C and SIGTERM
+before there was anything to save.
 """
 
 import argparse
@@ -61,6 +61,8 @@ def _run(values, stop):
             traceback.print_exc()
         message = f"error: {error}\n(set VLM_JAX_TRACE=1 for the trace)"
         distributed.end(getattr(error, "exit_status", process_end.USER_ERROR), message)
+    except SystemExit as error:  # of code that the run calls: nothing of ours ends like that
+        distributed.end(1, f"error: the run was ended before its end, by sys.exit({error.code!r})")
     except Exception:
         traceback.print_exc()
         distributed.end(1)
@@ -92,11 +94,11 @@ def _parse(argv):
 
     argv, record = _take_record(argv)
     argv = _locate_recipe(argv)
-    values = _define_flags(argv, record)
-    if {"-h", "-help", "--help"} & set(argv[1:]):
-        print(f"{__doc__}\n{values.get_help()}")
-        return None
     try:
+        values = _define_flags(argv, record)
+        if {"-h", "-help", "--help"} & set(argv[1:]):
+            print(f"{__doc__}\n{values.get_help()}")
+            return None
         with warnings.catch_warnings():  # of how ml_collections loads recipes
             warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
             rest = values(argv)[1:]
@@ -172,10 +174,10 @@ def _define_flags(argv, record=None):
     )
     if record is None:
         config_flags.DEFINE_config_file("config", None, **options)
+        parser = values["config"].parser
+        parser.parse = recipes.checked(parser.parse)
     else:
-        import ml_collections
-
-        config_flags.DEFINE_config_dict("config", ml_collections.ConfigDict(record), **options)
+        config_flags.DEFINE_config_dict("config", recipes.complete(record), **options)
     text = "folder for checkpoints, metrics and pictures"
     flags.DEFINE_string("workdir", None, text, flag_values=values)
     modes = ["train", "evaluate"]

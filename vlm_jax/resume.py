@@ -34,6 +34,8 @@ from vlm_jax import config as config_lib
 _MEANING = ("system", "model", "task", "formatter")
 # Fields that say how the same function is computed.
 _HOW = re.compile(r"(^|[._])(dtype|remat|loss_chunk)$")
+# Fields that bound what is computed, or weigh losses.
+_LIMIT = re.compile(r"(^|[._])(max_tokens|resolution|commitment_cost)$")
 _UNSET = "(not set)"
 _OPTIMIZER = ("opt_state/", "ema/")  # the leaves of a state that a change may add and remove
 _WHOLE_FILE = 64 << 20  # longer files are told apart by their size, beginning and end
@@ -103,6 +105,37 @@ def changed_meaning(
     if _equal(old_formatter, new_formatter) or _same_rows(rows_of, old_formatter, new_formatter):
         same |= {"formatter"}
     return {key: both for key, both in changed.items() if key.split(".")[0] not in same} | other
+
+
+def changed_function(
+    theirs: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    make: Callable[[Mapping[str, Any]], tuple[Any, Any]],
+) -> dict[str, tuple[Any, Any]]:
+    """The changes of `model` under which parameters of the same shapes compute something else.
+
+    Nothing where shapes differ or the systems do: then laying the parameters says so.
+
+    Args:
+      theirs, ours: configs; of `theirs` only the model counts.
+      make: config -> (task, formatter).
+    """
+    mixed = {**copy.deepcopy(dict(ours)), "model": copy.deepcopy(theirs.get("model", {}))}
+    for key, (_, value) in changes({"model": mixed["model"]}, {"model": ours["model"]}).items():
+        if _HOW.search(key) or _LIMIT.search(key):
+            _set(mixed, key, value)
+    changed = changes({"model": mixed["model"]}, {"model": ours["model"]})
+    if not changed:
+        return {}
+    try:
+        tasks = make(mixed)[0], make(ours)[0]
+        a, b = (
+            leaves.describe(leaves.flatten(jax.eval_shape(task.init, jax.random.key(0))))
+            for task in tasks
+        )
+    except Exception:  # of another system, or sizes that do not fit
+        return {}
+    return {} if a != b or _equal(*tasks) else changed
 
 
 def refuse(changed: Mapping[str, tuple[Any, Any]], what: str, remedy: str) -> None:

@@ -127,7 +127,7 @@ def run(
     _check_workdir(workdir)
     recipe = read_recipe(config, workdir)
     hardware.require_devices()
-    system = task_lib.resolve(recipe.system, "systems")
+    system = task_lib.resolve(recipe.system, "systems", ("make_task", "make_formatter"))
     try:
         task, formatter = _make(system, recipe)
         mesh = sharding.make_mesh(recipe.mesh)

@@ -15,14 +15,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlm_jax import checkpoints, saving, sharding
+from vlm_jax import checkpoints, resume, saving, sharding
 from vlm_jax import config as config_lib
 from vlm_jax.nn import functional
 
 _RANDOM = "random"
 
 
-def lay_weights(init: Any, task: Any, params: Any, load_upstream: Callable | None) -> Any:
+def lay_weights(
+    init: Any,
+    task: Any,
+    params: Any,
+    load_upstream: Callable | None,
+    compare: Callable[[str, Mapping[str, Any]], None] = lambda name, config: None,
+) -> Any:
     """`params` with other weights laid over them, each array placed where the old one lies.
 
     Says on stderr, for every group of parameters, where it comes from.
@@ -34,6 +40,8 @@ def lay_weights(init: Any, task: Any, params: Any, load_upstream: Callable | Non
       task: of the system; its `pretrained()` parameters, if it has any, come after both.
       params: placed random parameters.
       load_upstream: the system's reader of released weights, or None.
+      compare: is given the name and the recipe of `run`, and raises where it is another function;
+        see `comparison`.
 
     Raises:
       ConfigError: unknown parameters, other shapes, or parameters that would stay random without
@@ -41,7 +49,9 @@ def lay_weights(init: Any, task: Any, params: Any, load_upstream: Callable | Non
     """
     flat = functional.flatten(params)
     sources: dict[str, str] = {}
-    for source, tree in _layers(init, task, load_upstream, lambda: len(sources) == len(flat)):
+    for source, tree in _layers(
+        init, task, load_upstream, lambda: len(sources) == len(flat), compare
+    ):
         for path, x in functional.flatten(tree).items():
             if path not in flat:
                 raise config_lib.ConfigError(f"{source} has {path}, which the model has not")
@@ -69,6 +79,28 @@ def lay_weights(init: Any, task: Any, params: Any, load_upstream: Callable | Non
     return functional.unflatten(flat)
 
 
+def comparison(
+    init: Any, config: Mapping[str, Any] | None, make: Callable | None
+) -> Callable[[str, Mapping[str, Any]], None]:
+    """`compare` of `lay_weights`: refuses a model of the same shapes that is another function.
+
+    Args:
+      init: `checkpoints.InitConfig`; `insist` lets everything pass.
+      config: of this run; None compares nothing.
+      make: config -> (task, formatter).
+    """
+
+    def compare(name: str, theirs: Mapping[str, Any]) -> None:
+        if config and make and not init.insist:
+            resume.refuse(
+                resume.changed_function(theirs, config, make),
+                name,
+                "The same parameters would compute another function: set the values there.",
+            )
+
+    return compare
+
+
 def describe(sources: Mapping[str, str], flat: Mapping[str, Any]) -> list[str]:
     """A line per group of parameters: "vision: 148 tensors (85,000,000 numbers) from X".
 
@@ -91,16 +123,23 @@ def describe(sources: Mapping[str, str], flat: Mapping[str, Any]) -> list[str]:
 
 
 def _layers(
-    init: Any, task: Any, load_upstream: Callable | None, is_complete: Callable[[], bool]
+    init: Any,
+    task: Any,
+    load_upstream: Callable | None,
+    is_complete: Callable[[], bool],
+    compare: Callable[[str, Mapping[str, Any]], None],
 ) -> Iterator[tuple[str, Any]]:
     """(name, parameters), the most binding first; later ones are read only when needed."""
     if init.run and saving.is_saved(init.run):
-        source = saving.source_of(saving.read_config(init.run))
-        yield f"init.run={init.run} ({source})", saving.read_params(init.run)
+        config = saving.read_config(init.run)
+        name = f"init.run={init.run} ({saving.source_of(config)})"
+        compare(name, config)
+        yield name, saving.read_params(init.run)
     elif init.run:
         step = checkpoints.find(init.run)
         averaged = init.averaged and step.has_average
         name = f"init.run={init.run} (step {step.number}{', moving average' if averaged else ''})"
+        compare(name, step.meta.get("config") or {})
         yield name, checkpoints.load_params(step, averaged=init.averaged)
     if init.upstream:
         if load_upstream is None:
@@ -129,12 +168,14 @@ def params_of_run(step: checkpoints.Step, task: Any, mesh: Any, averaged: bool =
     return checkpoints.load_params(step, target, averaged=averaged)
 
 
-def params_of_init(recipe: Any, task: Any, mesh: Any, load_upstream: Callable | None) -> Any:
+def params_of_init(
+    recipe: Any, task: Any, mesh: Any, load_upstream: Callable | None, compare: Callable
+) -> Any:
     """The parameters that a training run of this recipe would start from, placed on the mesh."""
     rng = jax.random.fold_in(jax.random.key(recipe.train.seed), 0)
     shardings = sharding.of_params(mesh, task.sharding_rules, jax.eval_shape(task.init, rng))
     params = jax.jit(task.init, out_shardings=shardings)(rng)
-    return lay_weights(recipe.init, task, params, load_upstream)
+    return lay_weights(recipe.init, task, params, load_upstream, compare)
 
 
 def _say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: at once while nothing is to be saved, else after the step, with a checkpoint.
+"""SIGTERM, SIGHUP, Ctrl-C: at once while nothing is to be saved, else after a step that is saved.
 
 Handlers of Python run in the main thread between two bytecodes, which is too late when it compiles
 for minutes or waits for another process. So a thread hears the signals too.
@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HANGUP = getattr(signal, "SIGHUP", None)  # the terminal is gone; Windows has none
 
 
 class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a question asked between two steps.
+    """Turns SIGTERM, SIGHUP (not under nohup), Ctrl-C into a question asked between two steps.
 
     Until `asked` is called for the first time (start-up, compilation of the update) there is
     nothing to save, and a signal ends the process. So does a second Ctrl-C.
@@ -35,7 +36,7 @@ class StopSignal:
         self._wakeup = self._old_wakeup = None
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in _SIGNALS:
+        for number in self._heeded():
             self._old[number] = signal.signal(number, self._hear)
         if leave:
             heard, self._wakeup = socket.socketpair()
@@ -66,6 +67,12 @@ class StopSignal:
             self._wakeup.close()
             self._wakeup = None
 
+    @staticmethod
+    def _heeded() -> tuple[int, ...]:
+        if _HANGUP is None or signal.getsignal(_HANGUP) is signal.SIG_IGN:  # nohup
+            return _SIGNALS
+        return (*_SIGNALS, _HANGUP)
+
     def _ends_now(self, number: int) -> bool:
         return not self._has_steps or (self._flag.is_set() and number == signal.SIGINT)
 
@@ -78,7 +85,7 @@ class StopSignal:
     def _listen(self, heard: socket.socket) -> None:
         with heard:
             while numbers := heard.recv(64):  # the interpreter writes one byte per signal
-                for number in filter(_SIGNALS.__contains__, numbers):
+                for number in filter(self._old.__contains__, numbers):
                     if self._ends_now(number):
                         self._leave(number)
                     self._flag.set()

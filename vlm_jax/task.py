@@ -107,13 +107,23 @@ class Formatter(Protocol):
         """One record as numpy arrays whose shapes never depend on the record."""
 
 
-def resolve(name: str, kind: str) -> ModuleType:
+def resolve(name: str, kind: str, members: Sequence[str] = ()) -> ModuleType:
     """The module called `name`: `vlm_jax.<kind>.<name>`, or a dotted name as it stands.
 
     Raises:
-      ConfigError: there is no such module; the message names the nearest one.
+      ConfigError: there is no such module, and the message names the nearest one; or it lacks one
+        of `members`.
     """
-    full = name if "." in name else f"vlm_jax.{kind}.{name}"
+    module = _import(name, kind)
+    if lacks := [member for member in members if not hasattr(module, member)]:
+        raise config.ConfigError(
+            f"the module {name!r} is no {kind[:-1]}: it has no {' and no '.join(lacks)}"
+        )
+    return module
+
+
+def _import(name: str, kind: str) -> ModuleType:
+    full = name if "." in name.lstrip(".") else f"vlm_jax.{kind}.{name}"
     try:
         return importlib.import_module(full)
     except ModuleNotFoundError as error:

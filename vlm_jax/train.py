@@ -80,10 +80,11 @@ class TrainConfig:
 
     def __post_init__(self):
         guards.make(self.guards)
-        counts = ("steps", "batch_size", "accumulate", "log_every", "keep_last")
         config_lib.check_ranges(
             self,
-            **dict.fromkeys(counts, (1, math.inf)),
+            **dict.fromkeys(("accumulate", "log_every", "keep_last"), (1, math.inf)),
+            steps=(1, 2**31 - 1),  # the state counts them in int32
+            batch_size=(1, pipeline.MAX_BATCH_SIZE),
             save_every=(0, math.inf),
             milestone_every=(0, math.inf),
             seed=(0, 2**63 - 1),
@@ -146,7 +147,7 @@ def fit(
         run.open_data()
         if run.is_over():
             return {}
-        run.make_state(load_upstream)
+        run.make_state(load_upstream, make)
         run.compile(step_fn)
         run.open_outputs()
         run.make_up_for_evaluations()
@@ -259,7 +260,7 @@ class _Run:
         _say(f"step {self.start} of {self.config.steps} was already reached; nothing to train")
         return not self.owed
 
-    def make_state(self, load_upstream) -> None:
+    def make_state(self, load_upstream, make) -> None:
         """The state of the checkpoint, or a random one with weights laid over it."""
         learned, _ = optim.split(self.abstract["params"], self.recipe.optim.trainable)
         for line in memory.warnings_of_training(self.abstract, self.shardings, learned):
@@ -277,8 +278,10 @@ class _Run:
                 _say(note)
         else:
             self.state = jax.jit(self._random_state, out_shardings=self.shardings)()
+            init = self.recipe.init
+            compare = starting_point.comparison(init, self.meta.get("config"), make)
             params = starting_point.lay_weights(
-                self.recipe.init, self.task, self.state["params"], load_upstream
+                init, self.task, self.state["params"], load_upstream, compare
             )
             self.state["params"] = params
             if self.recipe.optim.ema:

@@ -63,6 +63,8 @@ class WorkdirLock:
             if held is not None:
                 _require_stale(self._path, held)
                 _remove(self._path, held)
+            elif self._path.is_symlink():  # to nowhere: neither a lock nor room for one
+                raise OSError(f"{self._path} is a link to nowhere: remove it")
 
     def release(self) -> None:
         """Gives the folder free. May be called twice."""
