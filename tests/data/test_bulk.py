@@ -49,6 +49,30 @@ def test_names_of_outputs_never_collide(tmp_path):
     assert not any(name.startswith(("/", "..")) for name in everything.values())
 
 
+def test_names_of_outputs_that_would_be_one_file():
+    names = ["http://h/a.png", "https://h/a.png", "/h/b.png", "/h/./b.png", "/h/b-2.png"]
+    assert list(inputs.output_names(names).values()) == ["a.png", "a.png-2", "b.png", "b.png-2",
+                                                         "b-2"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["http://h/a?" + "x" * 500, "é" * 300, "a\0b", "a\ud800b"])
+def test_names_of_outputs_that_no_file_may_have(tmp_path, name):
+    made = inputs.output_names([name, "other" + name])
+    assert len(set(made.values())) == 2
+    for short in made.values():
+        path = tmp_path / f"{short}_attention_layer_11.png"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(b"")
+
+
+def test_lists_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "list.txt").write_text("\ufeffa.png\nb.png\n", encoding="utf-8")
+    assert inputs.find([f"@{tmp_path / 'list.txt'}"]) == [f"{tmp_path}/a.png", f"{tmp_path}/b.png"]
+    (tmp_path / "list.txt").write_text("a.png\nb.png\n", encoding="utf-16")
+    with pytest.raises(records.DataError, match="is UTF-16, not UTF-8"):
+        inputs.find([f"@{tmp_path / 'list.txt'}"])
+
+
 def test_streams_are_in_order_bounded_and_end(tmp_path):
     taken, most, running = [], [0], threading.Semaphore(0)
 

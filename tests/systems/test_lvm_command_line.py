@@ -46,6 +46,14 @@ def photos(folder, count):
     return paths
 
 
+def test_a_file_in_place_of_the_folder_is_refused_first(run, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        run("--continue", *photos(tmp_path, 1), "--continue", *photos(tmp_path, 2))
+    assert stopped.value.code == 2 and "out is a file; give a folder" in capsys.readouterr().err
+    assert not run.model.prompts and (tmp_path / "out").read_text() == "mine"
+
+
 def test_what_is_not_used_is_said(run, tmp_path, capsys):
     paths = photos(tmp_path, 5)
     out = run("--continue", *paths, "--n=2", "--candidates=3", "--resize_output=original")

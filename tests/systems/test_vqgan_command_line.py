@@ -68,7 +68,13 @@ def test_bad_ids_and_options(run, tmp_path, capsys):
     file.write_text('{"id": "a", "ids": [1, 2]}\n')
     code, said = fails("--ids", file, f"--out={tmp_path / 'made'}")
     assert code == 1 and "2 ids; 16 of 0..1023 are a picture" in said
-    for line in ('{"id": "a"}', '{"id": "a", "ids": ["x"]}', '{"id": "a", "ids": [1e999]}', "["):
+    for line in (
+        '{"id": "a", "ids": [4294967297]}',
+        '{"id": "a"}',
+        '{"id": "a", "ids": ["x"]}',
+        '{"id": "a", "ids": [1e999]}',
+        "[",
+    ):
         file.write_text(line)
         code, said = fails("--ids", file, f"--out={tmp_path / 'other'}")
         assert code == 2 and f"{file}:1: " in said

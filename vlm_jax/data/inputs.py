@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
+import hashlib
 import os
 import pathlib
 import sys
@@ -10,6 +12,8 @@ from collections.abc import Sequence
 from typing import BinaryIO
 
 from vlm_jax.data import folders, records, web
+
+_MAX_PART = 200  # bytes of a name; file systems allow 255
 
 
 def find(
@@ -41,11 +45,11 @@ def find(
 def _of(value: str, suffixes: Sequence[str], stdin: BinaryIO | None) -> list[str]:
     path = os.path.expanduser(value)
     if value == "-":
-        return _lines((stdin or sys.stdin.buffer).read())
+        return _lines((stdin or sys.stdin.buffer).read(), "standard input")
     if value.startswith("@") and not os.path.exists(value):
         file = pathlib.Path(value[1:]).expanduser()
         try:
-            listed = _lines(file.read_bytes())
+            listed = _lines(file.read_bytes(), value)
         except OSError as error:
             raise records.DataError(f"{value}: cannot read: {error.strerror}") from error
         return [name if web.is_url(name) else folders.on_disk(file.parent, name) for name in listed]
@@ -59,7 +63,10 @@ def _of(value: str, suffixes: Sequence[str], stdin: BinaryIO | None) -> list[str
     return sorted(matched, key=folders.natural)
 
 
-def _lines(content: bytes) -> list[str]:
+def _lines(content: bytes, name: str) -> list[str]:
+    if content.startswith(records.UTF_16):
+        raise records.DataError(f"{name}: is UTF-16, not UTF-8; save it as UTF-8")
+    content = content.removeprefix(codecs.BOM_UTF8)
     lines = (os.fsdecode(line).strip() for line in content.splitlines())
     return [line for line in lines if line]
 
@@ -77,10 +84,30 @@ def output_names(names: Sequence[str]) -> dict[str, str]:
     for path in below.values():
         for key in {path, os.path.splitext(path)[0]}:
             count[key] = count.get(key, 0) + 1
-    return {
-        name: short if count[short := os.path.splitext(path)[0]] == 1 else path
-        for name, path in below.items()
-    }
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for name, path in below.items():
+        short = os.path.splitext(path)[0]
+        wanted = unique = "/".join(map(_part, (short if count[short] == 1 else path).split("/")))
+        number = 1
+        while unique in taken:  # the same path on http and https, "a" and "./a"
+            number += 1
+            unique = f"{wanted}-{number}"
+        taken.add(unique)
+        found[name] = unique
+    return found
+
+
+def _part(part: str) -> str:
+    """A part of a path as a file system takes it, with room for a suffix."""
+    content = part.replace("\0", "_").encode(errors="surrogatepass")
+    if len(content) > _MAX_PART:
+        part = f"{part[: _MAX_PART // 8]}-{hashlib.sha256(content).hexdigest()[:16]}"
+    try:
+        os.fsencode(part)
+    except UnicodeEncodeError:  # a lone surrogate that is no byte of a name
+        part = part.encode(errors="backslashreplace").decode()
+    return part.replace("\0", "_")
 
 
 def _as_path(name: str) -> str:

@@ -66,8 +66,8 @@ def parse_json(content: str | bytes) -> Any:
       BadRecordError: not JSON, not UTF-8, a key twice, numbers or nesting beyond what Python reads.
     """
     try:
-        text = content if isinstance(content, str) else content.decode("utf-8-sig")
-        return json.loads(text, object_pairs_hook=_unique)
+        text = content if isinstance(content, str) else content.decode()
+        return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise BadRecordError(f"{type(error).__name__}: {error}") from error
 

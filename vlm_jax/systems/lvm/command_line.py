@@ -67,12 +67,14 @@ def predict(args):
     # Decoded before the model is loaded: a wrong file should fail at once.
     paths = args.frames or [path for pair in args.pair for path in pair] + [args.query]
     prompt, names = _read(paths, args)
+    out = pathlib.Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out={out} is a file; give a folder")
     model = _load(args)
     unused = model.dropped(len(prompt), pairs=bool(args.pair))
     made = _continue(model, prompt[unused:], args, args.seed)
     size = tiling.output_size(args.resize_output, prompt[-1].shape[:2]) or made.shape[2:4]
     made = [[images.resize(image, size) for image in candidate] for candidate in made]
-    out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for i, candidate in enumerate(made):
         for j, image in enumerate(candidate):

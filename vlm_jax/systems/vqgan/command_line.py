@@ -125,7 +125,8 @@ def _read_ids(path):
                     name, ids = str(row["id"]), np.array(row["ids"])
                 except (records.BadRecordError, LookupError, TypeError, ValueError) as error:
                     raise records.DataError(f"{path}:{number}: no id and ids: {error}") from error
-                if ids.dtype.kind != "i" or ids.ndim != 1 or name in found:
+                whole = ids.dtype.kind == "i" and ids.ndim == 1
+                if not whole or (ids != ids.astype(np.int32)).any() or name in found:
                     raise records.DataError(
                         f"{path}:{number}: ids of another form, or a name twice"
                     )
