@@ -30,8 +30,9 @@ def network(request, golden_lvm):
         )
     )
 
-    def run(prompt, num_new, rng=KEY, valid=None, **options):
-        return np.asarray(compiled(num_new, **options)(params, jnp.asarray(prompt), rng, valid))
+    def run(prompt, num_new, rng=KEY, valid=None, lengths=None, **options):
+        made = compiled(num_new, **options)
+        return np.asarray(made(params, jnp.asarray(prompt), rng, valid, lengths=lengths))
 
     return run
 
@@ -115,3 +116,15 @@ def test_any_step_function_will_do():
     np.testing.assert_array_equal(got, [[[3, 6, 2, 4, 8]] * 2, [[1, 2, 4, 8, 6]] * 2])
     with pytest.raises(ValueError, match="num_new 0"):
         generate.generate(step, None, jnp.zeros((1, 1), int), 0, KEY)
+
+
+@pytest.mark.parametrize("sampler", [NO_SPECIALS, sampling.Sampler(top_k=9, suppress_from=64)])
+def test_shapes_that_are_filled_up_change_nothing(network, io, sampler):
+    prompt = io["gen.prompt"]
+    b, t = prompt.shape
+    expected = network(prompt, 6, sampler=sampler, num_samples=2)
+    filled = np.pad(prompt, [(0, 1), (0, 7)], constant_values=3)
+    lengths = generate.Lengths(np.int32(t), np.int32(6))
+    got = network(filled, 9, lengths=lengths, sampler=sampler, num_samples=2, pad_id=-1)
+    np.testing.assert_array_equal(got[:b, :, :6], expected)
+    assert (got[..., 6:] == -1).all()

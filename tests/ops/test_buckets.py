@@ -9,6 +9,10 @@ def test_lengths():
     assert [buckets.length(count, 12) for count in (0, 1, 2, 3, 5, 8, 9, 12)] == [
         1, 1, 2, 4, 8, 8, 12, 12,
     ]  # fmt: skip
+    assert [buckets.length(count, 90, 5) for count in (1, 5, 6, 10, 11, 41, 90)] == [
+        5, 5, 10, 10, 20, 80, 90,
+    ]  # fmt: skip
+    assert buckets.length(3, 4, 5) == 4
 
 
 def test_pieces_are_filled_with_copies_of_their_last_row():

@@ -1,14 +1,17 @@
 """The verbs of LVM against the reference's end-to-end outputs, and their bad inputs."""
 
+import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from vlm_jax import image_tokenizer
 from vlm_jax.data import images
-from vlm_jax.decoding import sampling
+from vlm_jax.decoding import generate, sampling
+from vlm_jax.models import llama
 from vlm_jax.systems import lvm
 from vlm_jax.weights import llama as llama_weights
 from vlm_jax.weights import vqgan as vqgan_weights
@@ -81,6 +84,50 @@ def test_a_batch_equals_its_prompts_one_by_one(model, golden):
     together = model.continue_ids(prompts, 1, sampler=GREEDY)
     for prompt, batched in zip(prompts, together):
         np.testing.assert_array_equal(model.continue_ids([prompt], 1, sampler=GREEDY)[0], batched)
+
+
+SAMPLED = sampling.Sampler(temperature=1.0, top_k=20, suppress_from=64)
+
+
+def unfilled(model, prompt, n, sampler, seed):
+    """What a program of the very shape makes."""
+    run = generate.compile(
+        model._network.bind, functools.partial(llama.make_cache, model.cfg), n * 64, sampler=sampler
+    )
+    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), 0)
+    return np.asarray(run(model.params, prompt.reshape(1, -1), rng)).reshape(n, 64)
+
+
+@pytest.mark.parametrize("sampler", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_prompts_that_are_filled_up_continue_as_they_are(model, golden, sampler):
+    ids = np.concatenate([golden["vq.ids"][:3], golden["e2e.new_ids"][None]])
+    for prompt, n in ((ids[:3], 1), (ids[1:4], 3)):
+        got = model.continue_ids([prompt], n, sampler=sampler, seed=5)[0, 0]
+        np.testing.assert_array_equal(got, unfilled(model, prompt, n, sampler, 5))
+
+
+def test_few_shapes_are_compiled(parts, golden):
+    model = lvm.Lvm(*parts)
+    ids = np.tile(golden["vq.ids"][:1], (7, 1))
+    for images_ in range(1, 8):  # one after another seven programs, now those of 1, 2, 4, 8
+        model.continue_ids([ids[:images_]], 1, sampler=GREEDY)
+        model.perplexity_ids([ids[:images_]], [ids[:1]])
+    (made,) = (run for key, run in model._generators.items() if key != "score")
+    assert made._cache_size() == 4
+    assert model._generators["score"]._cache_size() == 3  # 2, 4, 8 images in all
+
+
+def test_perplexity_does_not_depend_on_the_others(model, golden):
+    ids = golden["vq.ids"]
+    contexts, targets = [ids[:1], ids[:2], ids[1:2], ids[:3]], [ids[2:3], ids[:1], ids[:2], ids[:2]]
+    together = model.perplexity_ids(contexts, targets)
+    for context, target, value in zip(contexts, targets, together):
+        both = np.concatenate([context, target]).ravel()
+        logits = model._network.bind(model.params)(both[None, :-1]).logits[0, context.size - 1 :]
+        logp = jax.nn.log_softmax(logits)[np.arange(target.size), target.ravel()]
+        np.testing.assert_allclose(value, np.exp(-np.asarray(logp).mean()), rtol=1e-5)
+    with pytest.raises(ValueError, match="prompt 1 has no context"):
+        model.perplexity_ids([ids[:1], ids[:0]], targets[:2])
 
 
 def test_candidates_and_seeds(model, golden):

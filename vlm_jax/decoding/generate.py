@@ -4,19 +4,32 @@
     (fresh cache)  └─ cache ────────────────────────── cache ──────────────┘
 
 Works on any `step(tokens_bt, cache, valid_bt=, fresh=) -> (logits_bv, cache)`, and on any cache
-with a method `rows(index_r)` that selects rows; see `models.llama`.
+with a method `rows(index_r)` that selects rows; see `models.llama`. Prompts and answers of other
+lengths compile nothing when they are filled up to a common shape, see `Lengths`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from vlm_jax.decoding import sampling
+
+
+class Lengths(NamedTuple):
+    """How much of a shape is used, int32 scalars that a compiled program takes as arguments.
+
+    Attributes:
+      prompt: of the first tokens of every prompt; what stands behind is not read.
+      new: tokens to generate, up to num_new.
+    """
+
+    prompt: jax.Array
+    new: jax.Array
 
 
 def generate(
@@ -28,6 +41,7 @@ def generate(
     *,
     sampler: Callable[[jax.Array, jax.Array], jax.Array] = sampling.GREEDY,
     valid_bt: jax.Array | None = None,
+    lengths: Lengths | None = None,
     num_samples: int = 1,
     stop_ids: tuple[int, ...] = (),
     pad_id: int = 0,
@@ -42,6 +56,8 @@ def generate(
       rng: key; equal keys give equal tokens.
       sampler: (rng, logits_bv) -> tokens_b, a `sampling.Sampler` for example.
       valid_bt: bool, True for real prompt tokens; None is all.
+      lengths: of prompts that are filled up on the right, and of the answer; pad_id follows it.
+        Tokens are those of the shorter shapes. Needs a step that takes `length`.
       num_samples: continuations per prompt. They share one prefill.
       stop_ids: a row that draws one of these (it is kept) is filled up with pad_id, and the loop
         ends when all rows have.
@@ -56,7 +72,9 @@ def generate(
     if num_new < 1 or num_samples < 1:
         raise ValueError(f"num_new {num_new} and num_samples {num_samples} must be at least 1")
     b = prompt_bt.shape[0]
-    logits_bv, cache = step(prompt_bt, cache, valid_bt=valid_bt, fresh=True)
+    filled = {} if lengths is None else {"length": lengths.prompt}
+    last = num_new if lengths is None else lengths.new
+    logits_bv, cache = step(prompt_bt, cache, valid_bt=valid_bt, fresh=True, **filled)
     if num_samples > 1:
         index_r = jnp.repeat(jnp.arange(b), num_samples)
         logits_bv, cache = logits_bv[index_r], cache.rows(index_r)
@@ -75,7 +93,7 @@ def generate(
 
     def unfinished(state):
         i, _, done_r, _, _ = state
-        return (i < num_new) & ~done_r.all()
+        return (i < last) & ~done_r.all()
 
     def extend(state):
         i, token_r, done_r, tokens_rt, cache = state
@@ -95,7 +113,7 @@ def compile(
     num_new: int,
     **options: Any,
 ) -> Callable[..., jax.Array]:
-    """`generate` as one jitted function of (params, prompt_bt, rng, valid_bt=None, knobs=None).
+    """`generate` as one jitted function, see below.
 
     Args:
       bind: params -> network with a method `step`.
@@ -103,19 +121,19 @@ def compile(
       num_new: as in `generate`, like `options`.
 
     Returns:
-      The function. Every prompt shape compiles once. `knobs`, a `sampling.Knobs`, take the place of
-      the sampler's numbers; other values compile nothing.
+      (params, prompt_bt, rng, valid_bt=None, knobs=None, lengths=None) -> tokens. Every prompt
+      shape compiles once. `knobs`, a `sampling.Knobs`, take the place of the sampler's numbers;
+      other values of them and of `lengths` compile nothing.
     """
     sampler = options.pop("sampler", sampling.GREEDY)
 
     @jax.jit
-    def run(params, prompt_bt, rng, valid_bt=None, knobs=None):
+    def run(params, prompt_bt, rng, valid_bt=None, knobs=None, lengths=None):
         b, t = prompt_bt.shape
         cache = make_cache(b, t + num_new - 1)
         step = bind(params).step
         pick = sampler if knobs is None else functools.partial(sampler.draw, knobs)
-        return generate(
-            step, cache, prompt_bt, num_new, rng, sampler=pick, valid_bt=valid_bt, **options
-        )
+        where = dict(valid_bt=valid_bt, lengths=lengths)
+        return generate(step, cache, prompt_bt, num_new, rng, sampler=pick, **where, **options)
 
     return run

@@ -57,6 +57,7 @@ def decode(
     delimiter_id: int,
     prefix_block: int = 0,
     valid_bt: jax.Array | None = None,
+    used: jax.Array | None = None,
     stop: bool = True,
     max_rows: int = 1024,
 ) -> OneShot:
@@ -70,6 +71,8 @@ def decode(
       delimiter_id: ends a label. As a first token too: such a label is empty.
       prefix_block: the first so many vectors see each other both ways (an image).
       valid_bt: bool, False behind the end of shorter prefixes; None is all valid.
+      used: int32, complete only the first so many of the k labels, so that other numbers compile
+        nothing; the caller drops the others. None is all.
       stop: False keeps generating behind delimiters, for comparisons with programs that do.
       max_rows: branches of all images that are decoded together. More go one group after another,
         so that the memory for their logits is bounded.
@@ -92,7 +95,9 @@ def decode(
     group = min(k, max(1, max_rows // b))
     extra = -k % group  # spare branches of the last group; over before they begin
     first_bk = jnp.pad(ids_bk.astype(jnp.int32), ((0, 0), (0, extra)))
-    live_bk = jnp.broadcast_to(jnp.arange(k + extra) < k, first_bk.shape)
+    live_bk = jnp.broadcast_to(
+        jnp.arange(k + extra) < (k if used is None else used), first_bk.shape
+    )
     first_gbr, live_gbr = (x.reshape(b, -1, group).swapaxes(0, 1) for x in (first_bk, live_bk))
     complete = lambda xs: _complete(network, cache, *xs, max_tokens, ends)  # noqa: E731
     if len(first_gbr) == 1:

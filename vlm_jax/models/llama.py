@@ -180,6 +180,11 @@ class Cache:
 
         return Cache(jax.tree.map(take, self.layers), self.valid_bs[index_r], self.index)
 
+    def cut(self, length: jax.Array) -> Cache:
+        """The cache of the first `length` slots; what is in the others will be overwritten."""
+        valid_bs = self.valid_bs & (jnp.arange(self.valid_bs.shape[1]) < length)
+        return Cache(self.layers, valid_bs, jnp.asarray(length, jnp.int32))
+
 
 def make_cache(cfg: LlamaConfig, batch: int, length: int, dtype=None) -> Cache:
     """An empty cache for `length` tokens; dtype None is the compute dtype."""
@@ -235,12 +240,20 @@ class Llama(nnx.Module):
         hidden_btd, cache = self.transform(self.embed(tokens_bt), **kwargs)
         return Output(self.logits(hidden_btd), hidden_btd, cache)
 
-    def step(self, tokens_bt, cache, *, valid_bt=None, fresh=False):
-        """One call of a decoding loop: (float32 logits_bv after the last token, cache)."""
+    def step(self, tokens_bt, cache, *, valid_bt=None, fresh=False, length=None):
+        """One call of a decoding loop: (float32 logits_bv after the last token, cache).
+
+        With `length`, int32, only so many of the tokens of a fresh cache are real, in every row;
+        those behind fill up a shape. Causality hides them, so no mask is needed.
+        """
         hidden_btd, cache = self.transform(
             self.embed(tokens_bt), valid_bt=valid_bt, cache=cache, fresh=fresh
         )
-        return self.logits(hidden_btd[:, -1:])[:, 0], cache
+        last_b1d = hidden_btd[:, -1:]
+        if length is not None:
+            last_b1d = jax.lax.dynamic_slice_in_dim(hidden_btd, length - 1, 1, axis=1)
+            cache = cache.cut(length)
+        return self.logits(last_b1d)[:, 0], cache
 
     def prefill(self, x_btd, *, valid_bt=None, prefix_block=0):
         """(float32 logits_bv after the last valid vector, a cache without free slots)."""

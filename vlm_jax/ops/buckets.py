@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 
-def length(count: int, most: int) -> int:
-    """The power of two that holds `count` rows, at most `most`."""
-    return min(most, 1 << max(count - 1, 0).bit_length())
+def length(count: int, most: int, unit: int = 1) -> int:
+    """The power of two, times `unit`, that holds `count` rows; at most `most`."""
+    return min(most, unit << max(-(-count // unit) - 1, 0).bit_length())
 
 
 def pieces(most: int, *arrays: np.ndarray) -> Iterator[tuple[int, int, list[np.ndarray]]]:

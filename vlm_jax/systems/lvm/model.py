@@ -7,6 +7,7 @@
 
 Every verb takes one prompt or a list of prompts; a list runs as one batch. Samplers default to
 those of the reference: temperature 1 and, through a default of the library that it uses, top-k 50.
+Batches and prompts are filled up to powers of two, so that few shapes are compiled.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax import image_tokenizer, saving
@@ -268,7 +270,7 @@ class Lvm(saving.Model):
         size = self.tokenizer.cfg.tokens_per_image
         keep = self.context_images - 1
         lengths = {min(len(prompt), keep) for prompt in prompts}
-        if len(lengths) > 1:  # equal lengths batch without padding; order is restored
+        if len(lengths) > 1:  # a cache has one next slot for all of its rows
             return self._by_length(prompts, n, candidates, sampler, seed, keep)
         rows = [np.asarray(prompt)[-keep:] for prompt in prompts]
         fits = min(n, self.context_images - len(rows[0]))
@@ -285,22 +287,37 @@ class Lvm(saving.Model):
     def perplexity_ids(
         self, contexts: Sequence[np.ndarray], targets: Sequence[np.ndarray]
     ) -> np.ndarray:
-        """`perplexity` on int32[images, tokens_per_image] arrays; equal lengths run together."""
+        """`perplexity` on int32[images, tokens_per_image] arrays; those of a bucket run together.
+
+        Raises:
+          ValueError: an empty context or target.
+        """
         groups: dict[tuple[int, int], list[int]] = {}
         for index, (context, target) in enumerate(zip(contexts, targets, strict=True)):
-            groups.setdefault((context.size, target.size), []).append(index)
+            if not context.size or not target.size:
+                raise ValueError(f"prompt {index} has no context or no target to score")
+            shape = self._room(context.size + target.size), self._room(target.size)
+            groups.setdefault(shape, []).append(index)
         result = np.zeros(len(contexts))
-        for (before, scored), indices in groups.items():
-            most = max(1, MAX_SCORED // (before + scored))
-            per_call = min(MAX_ROWS, 1 << (most.bit_length() - 1))
-            ids = np.stack(
-                [np.concatenate([contexts[i].ravel(), targets[i].ravel()]) for i in indices]
-            )
-            for start, count, (filled,) in buckets.pieces(per_call, ids.astype(np.int32)):
-                logp = np.asarray(self._score(self.params, filled, scored), np.float64)
-                nll = -logp[:count].mean(axis=1)
-                result[indices[start : start + per_call]] = np.exp(nll)
+        for (room, most_scored), indices in groups.items():
+            ids = np.zeros((len(indices), room), np.int32)
+            for row, i in enumerate(indices):
+                both = np.concatenate([contexts[i].ravel(), targets[i].ravel()])
+                ids[row, : len(both)] = both
+            starts = np.array([contexts[i].size for i in indices], np.int32)
+            fitting = max(1, MAX_SCORED // room)
+            per_call = min(MAX_ROWS, 1 << (fitting.bit_length() - 1))
+            for start, count, filled in buckets.pieces(per_call, ids, starts):
+                logp = np.asarray(self._score(self.params, *filled, most_scored), np.float64)
+                for i, row in zip(indices[start : start + count], logp):
+                    result[i] = np.exp(-row[: targets[i].size].mean())
         return result
+
+    def _room(self, tokens: int) -> int:
+        """Tokens of the images that hold so many, in few different numbers."""
+        size = self.tokenizer.cfg.tokens_per_image
+        count = -(-tokens // size)
+        return size * buckets.length(count, max(count, self.context_images))
 
     def _by_length(self, prompts, n, candidates, sampler, seed, keep):
         groups: dict[int, list[int]] = {}
@@ -316,17 +333,21 @@ class Lvm(saving.Model):
 
     def _generate(self, context, num_images, candidates, sampler, seed, call):
         """int32[rows, images, size] -> int32[rows, candidates, num_images * size]."""
-        rows, _, size = context.shape
+        rows, images_, size = context.shape
+        keep = self.context_images - 1
         lead = np.tile(np.array(self.lead_ids, np.int32), (rows, 1))
-        prompt = np.concatenate([lead, context.reshape(rows, -1)], axis=1).astype(np.int32)
+        behind = np.zeros((rows, (buckets.length(images_, keep) - images_) * size), np.int32)
+        prompt = np.concatenate([lead, context.reshape(rows, -1), behind], axis=1).astype(np.int32)
+        most_images, new = buckets.length(num_images, keep), num_images * size
+        lengths = generate.Lengths(np.int32(prompt.shape[1] - behind.shape[1]), np.int32(new))
         # Without its numbers: they are arguments, so that other ones compile nothing.
         fixed = dataclasses.replace(sampler, temperature=1.0, top_k=0, top_p=1.0)
-        key = (num_images, candidates, fixed)
+        key = (most_images, candidates, fixed)
         if key not in self._generators:
             self._generators[key] = generate.compile(
                 self._network.bind,
                 lambda batch, length: llama.make_cache(self.cfg, batch, length),
-                num_images * size,
+                most_images * size,
                 sampler=fixed,
                 num_samples=candidates,
             )
@@ -335,22 +356,27 @@ class Lvm(saving.Model):
         parts = []
         for start, count, (filled,) in buckets.pieces(per_call, prompt):
             rng_ = jax.random.fold_in(rng, start)
-            out = self._generators[key](self.params, filled, rng_, knobs=sampler.knobs)
-            parts.append(np.asarray(out)[:count])
+            out = self._generators[key](
+                self.params, filled, rng_, knobs=sampler.knobs, lengths=lengths
+            )
+            parts.append(np.asarray(out)[:count, :, :new])
         return np.concatenate(parts)
 
     @property
     def _score(self):
         if "score" not in self._generators:
 
-            def score(params, ids_bt, scored):
+            def score(params, ids_bt, start_b, scored):
                 module = self._network.bind(params)
                 hidden_btd, _ = module.transform(module.embed(ids_bt[:, :-1]))
                 # Only what is scored goes through the head: logits are the largest array here.
-                logits_btv = module.logits(hidden_btd[:, -scored:])
-                return losses.token_logp(logits_btv, ids_bt[:, -scored:])
+                # Places behind the row are scored as its last one; the caller drops them.
+                place_bs = jnp.minimum(start_b[:, None] + jnp.arange(scored), ids_bt.shape[1] - 1)
+                hidden_bsd = jnp.take_along_axis(hidden_btd, place_bs[..., None] - 1, axis=1)
+                ids_bs = jnp.take_along_axis(ids_bt, place_bs, axis=1)
+                return losses.token_logp(module.logits(hidden_bsd), ids_bs)
 
-            self._generators["score"] = jax.jit(score, static_argnums=2)
+            self._generators["score"] = jax.jit(score, static_argnums=3)
         return self._generators["score"]
 
     def _ids(self, prompts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:

@@ -5,8 +5,8 @@
     model.label(["cafe.jpg", "dog.jpg"], k=20)       # [[("coffee", .057), ...], [...]]
     model.attention("cafe.jpg")                      # float32[layers, heads, T, T]
 
-Of LLaMA's folder only params.json and tokenizer.model are read. Everything is jitted once per
-number of labels and power-of-two batch.
+Of LLaMA's folder only params.json and tokenizer.model are read. Few shapes are compiled: batches
+are filled up to powers of two, numbers of labels to 5, 10, 20, 40, ...
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from vlm_jax.systems.nxtp import vocabulary
 
 MAX_IMAGES = 32  # per device call
 MAX_TOKENS = 19  # of a label; upstream: max_update_iter - 1
+_UNIT = 5  # numbers of labels that are compiled: 5, 10, 20, 40, ...; ours
 # Those that need nothing but the labels' own probabilities.
 RANKINGS = tuple(name for name in label_lists.RANKINGS if not name.startswith("sim"))
 
@@ -228,11 +229,12 @@ class Nxtp(saving.Model):
     def _find(
         self, photos: np.ndarray, k: int, max_tokens: int, prompt: np.ndarray
     ) -> one_shot.OneShot:
-        """`one_shot.decode` of photos, compiled for their number."""
-        key = k, max_tokens
+        """`one_shot.decode` of photos, compiled for their number and one of few larger k."""
+        most = buckets.length(k, self.words.size, _UNIT)
+        key = most, max_tokens
         if key not in self._compiled:
 
-            def run(image_params, decode_params, image_u8, prompt_bt):
+            def run(image_params, decode_params, image_u8, prompt_bt, used):
                 image_half = self._image_half.bind(image_params)
                 image_bpd = image_half.image_vectors(clip.normalize(image_u8))
                 network = self._decoder.bind(decode_params)
@@ -240,7 +242,8 @@ class Nxtp(saving.Model):
                 return one_shot.decode(
                     network,
                     jnp.concatenate([image_bpd.astype(text_btd.dtype), text_btd], axis=1),
-                    k=k,
+                    k=most,
+                    used=used,
                     max_tokens=max_tokens,
                     delimiter_id=self.words.delimiter_id,
                     prefix_block=self.cfg.num_image,
@@ -248,7 +251,8 @@ class Nxtp(saving.Model):
 
             self._compiled[key] = jax.jit(run)
         prompt_bt = np.tile(prompt, (len(photos), 1))
-        return self._compiled[key](*self._halves, photos, prompt_bt)
+        found = self._compiled[key](*self._halves, photos, prompt_bt, np.int32(k))
+        return jax.tree.map(lambda x: np.asarray(x)[:, :k], found)
 
     def _photos(self, images: Any) -> tuple[np.ndarray, bool]:
         listed, single = images_lib.one_or_many(images)
