@@ -255,9 +255,9 @@ def test_images_given_to_predict(capsys, tmp_path, kind):
         path.write_text("this is not an image")
     elif kind == "bomb":
         Image.new("1", (20_000, 10_000)).save(path)
-    # The checkpoint does not exist: images are looked at first.
+    # The checkpoint does not exist either: both are said at once, before anything is loaded.
     arguments = ["lvm", "--checkpoint=/nowhere", "--continue", str(path)]
-    fails(capsys, arguments, path.name, run=predict.main)
+    fails(capsys, arguments, "no such checkpoint: /nowhere; also: ", path.name, run=predict.main)
 
 
 def test_unknown_system_and_checkpoint(capsys, tmp_path):

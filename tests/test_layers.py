@@ -46,6 +46,7 @@ PROGRAM = {
     "resume",
     "scores",
     "metric_writer",
+    "trackers",
     "progress",
     "compilation_cache",
     "console",

@@ -11,6 +11,7 @@ import pytest
 
 from vlm_jax import config as config_lib
 from vlm_jax import curves, hardware, metric_writer, progress, provenance
+from vlm_jax.data import images
 
 
 def _lines(workdir):
@@ -83,10 +84,24 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
 
 def test_event_files(tmp_path):
     pytest.importorskip("tensorboardX")
-    with metric_writer.MetricWriter(tmp_path) as writer:
+    config = {"train": {"steps": 7}}
+    with metric_writer.MetricWriter(tmp_path, config=config) as writer:
         writer.write(1, {"train/loss": 2.5})
+        writer.show(1, "eval/a", evaluated(tmp_path / "a"))
     (file,) = (tmp_path / "tensorboard").iterdir()
-    assert b"train/loss" in file.read_bytes()
+    content = file.read_bytes()
+    for shown in (b"train/loss", b'"steps": 7', b"eval/a/samples", b"eval/a/table", b"| f1 & \xc3"):
+        assert shown in content
+    assert content.count(b"\x89PNG") == 1
+
+
+def evaluated(folder):
+    """What an evaluation leaves."""
+    folder.mkdir()
+    (folder / "samples.png").write_bytes(images.encode(np.zeros((4, 6, 3), np.uint8)))
+    (folder / "table.md").write_text("| f1 & \u00fc |", encoding="utf-8")
+    (folder / "predictions.jsonl").write_text("{}")
+    return folder
 
 
 def test_wandb_missing_is_said_at_the_start(tmp_path, monkeypatch):
@@ -111,13 +126,28 @@ def test_wandb_continues_the_same_page(tmp_path, monkeypatch):
         calls.append(fields)
         return Run()
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    fake = types.SimpleNamespace(
+        init=init, Image=lambda path: ("image", path), Html=lambda text: ("html", text)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    folder = evaluated(tmp_path / "a")
     for start in (0, 1):
-        writer = metric_writer.MetricWriter(tmp_path, start, tensorboard=False, wandb="p")
-        writer.write(start + 1, {"loss": 1.0})
-        writer.close()
-    assert [c["id"] for c in calls if isinstance(c, dict) and "id" in c] == [None, "abc"]
+        with metric_writer.MetricWriter(
+            tmp_path, start, tensorboard=False, wandb="p", config={"steps": start}
+        ) as writer:
+            writer.write(start + 1, {"loss": 1.0})
+            writer.show(start + 1, "eval/a", folder)
+            writer.show(start + 1, "eval/b", tmp_path / "nothing_there")
+    began = [c for c in calls if isinstance(c, dict)]
+    assert [(c["id"], c["config"]["steps"]) for c in began] == [(None, 0), ("abc", 1)]
     assert ({"loss": 1.0}, 2) in calls and calls[-1] == "finished"
+    shown = {
+        "eval/a/samples": ("image", str(folder / "samples.png")),
+        "eval/a/table": ("html", "<pre>| f1 &amp; \u00fc |</pre>"),
+    }
+    assert [c for c in calls if isinstance(c, tuple) and "loss" not in c[0]] == [
+        (shown, 1), (shown, 2),
+    ]  # fmt: skip
 
 
 class _Terminal(io.StringIO):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,7 +37,8 @@ def load(system: str, checkpoint: str, *, averaged: bool = True, **fields: Any) 
     Raises:
       NotEnoughMemory: the parameters do not fit; said before they are read.
       FileNotFoundError: there is nothing at `checkpoint`.
-      ValueError: unknown system, or the run belongs to another system; no device to run on.
+      ValueError: unknown system, or the run belongs to another system; no device to run on; fields
+        that such weights do not take.
       CheckpointError, ConversionError: the weights are damaged or do not fit.
     """
     hardware.require_devices()
@@ -47,7 +50,9 @@ def load(system: str, checkpoint: str, *, averaged: bool = True, **fields: Any) 
         saving.check_files(path)
         if "task" in config:
             return _from_saved(module, config, path, fields)
-    if not is_of_a_run(path):
+    of_run = is_of_a_run(path)
+    _check_fields(module.from_run if of_run else module.from_upstream, fields, checkpoint)
+    if not of_run:
         model = module.from_upstream(checkpoint, **fields)
         return _noted(model, saving.Source(pathlib.Path(checkpoint).name))
 
@@ -77,7 +82,28 @@ def load(system: str, checkpoint: str, *, averaged: bool = True, **fields: Any) 
     return _noted(module.from_run(task, formatter, params, **fields), source)
 
 
+def _check_fields(make: Callable[..., Any], fields: Mapping[str, Any], checkpoint: str) -> None:
+    """Weights of one kind do not take what those of another need; said before they are read."""
+    parameters = inspect.signature(make).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for name in fields:
+        if name not in known and not any_name:
+            raise config_lib.ConfigError(
+                f"{checkpoint} is loaded without {name!r}{config_lib.nearest(name, known)}"
+            )
+
+
+def missing(system: str, checkpoint: str) -> str:
+    """Why `load` will find nothing at a path, "" where it may find something."""
+    path = str(shipped.folder_of(system, checkpoint)).rpartition("::")[2]
+    if "://" in path or os.path.lexists(os.path.expanduser(path)):
+        return ""
+    return f"no such checkpoint: {checkpoint}"
+
+
 def _from_saved(module: Any, config: dict[str, Any], path: pathlib.Path, fields: Any) -> Any:
+    _check_fields(module.from_run, fields, str(path))
     task = module.make_task(config["model"], **config["task"])
     formatter = module.make_formatter(**config["formatter"])
     abstract = jax.eval_shape(task.init, jax.random.key(0))

@@ -12,41 +12,50 @@ import math
 import numbers
 import os
 import pathlib
-import sys
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 
-from vlm_jax import config as config_lib
+from vlm_jax import trackers
 
 FILE = "metrics.jsonl"
 
 
 class MetricWriter:
-    """Writes scalars of one run.
+    """Writes scalars of one run, and shows pictures and tables where it can be watched.
 
     Args:
       workdir: folder of the run; created when missing.
       start_step: updates already made; later lines of an interrupted run are dropped.
       tensorboard: write event files under `<workdir>/tensorboard`, when tensorboardX is installed.
       wandb: project name for Weights & Biases; "" is off.
+      config: the recipe, for both of them; JSON-like.
 
     Raises:
       ConfigError: `wandb` is asked for and not installed.
     """
 
-    def __init__(self, workdir, start_step: int = 0, tensorboard: bool = True, wandb: str = ""):
-        self._file = self._events = self._wandb = None
+    def __init__(
+        self,
+        workdir,
+        start_step: int = 0,
+        tensorboard: bool = True,
+        wandb: str = "",
+        config: Mapping[str, Any] | None = None,
+    ):
+        self._file, self._trackers = None, []
         if jax.process_index() != 0:
             return
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         if wandb:
-            self._wandb = _start_wandb(workdir, wandb)
+            self._trackers.append(trackers.wandb(workdir, config or {}, wandb))
         _cut(workdir / FILE, start_step)
         self._file = open(workdir / FILE, "a", encoding="utf-8")
         if tensorboard:
-            self._events = _start_tensorboard(workdir / "tensorboard", start_step)
+            events = trackers.tensorboard(workdir / "tensorboard", config or {}, start_step)
+            self._trackers += [events] if events else []
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line.
@@ -74,12 +83,13 @@ class MetricWriter:
         with self._naming_the_file():
             self._file.write(json.dumps({"step": int(step), **finite}) + "\n")
             self._file.flush()
-        if self._events:
-            for name, value in scalars.items():
-                self._events.add_scalar(name, value, int(step))
-            self._events.flush()
-        if self._wandb:
-            self._wandb.log(scalars, step=int(step))
+        for tracker in self._trackers:
+            tracker.scalars(int(step), scalars)
+
+    def show(self, step: int, name: str, folder: pathlib.Path) -> None:
+        """Shows the pictures and tables of a folder as `name`; they stay where they are."""
+        for tracker in self._trackers:
+            tracker.folder(int(step), name, folder)
 
     def sync(self) -> None:
         """Returns when all lines have reached the disk, not only the operating system."""
@@ -98,11 +108,9 @@ class MetricWriter:
         """Closes the files. May be called twice."""
         if self._file:
             self._file.close()
-        if self._events:
-            self._events.close()
-        if self._wandb:
-            self._wandb.finish()
-        self._file = self._events = self._wandb = None
+        for tracker in self._trackers:
+            tracker.close()
+        self._file, self._trackers = None, []
 
     def __enter__(self):
         return self
@@ -161,31 +169,3 @@ def _rewrite(path: pathlib.Path, last_step: int) -> None:
 def _plain(value):
     # numpy scalars are not JSON; bool and int stay what they are.
     return value if isinstance(value, (bool, int)) else float(value)
-
-
-def _start_tensorboard(folder: pathlib.Path, start_step: int):
-    try:
-        import tensorboardX
-    except ImportError:
-        print("metrics: no TensorBoard files, tensorboardX is not installed", file=sys.stderr)
-        return None
-    # purge_step hides what an interrupted run wrote after the step that is resumed from.
-    return tensorboardX.SummaryWriter(
-        logdir=str(folder), purge_step=start_step + 1 if start_step else None
-    )
-
-
-def _start_wandb(workdir: pathlib.Path, project: str):
-    try:
-        import wandb
-    except ImportError:
-        raise config_lib.ConfigError(
-            f"train.wandb={project!r} is asked for, but wandb is not installed: install it, or "
-            "set train.wandb=''"
-        ) from None
-    # The id stays with the workdir, so that a resumed run continues its own page.
-    note = workdir / "wandb_id.txt"
-    run_id = note.read_text().strip() if note.exists() else None
-    run = wandb.init(project=project, dir=str(workdir), id=run_id, resume="allow")
-    note.write_text(run.id)
-    return run

@@ -95,6 +95,7 @@ class Scorer:
             if failure:
                 self._note(f"step {step}: {failure}")
             else:
+                self._writer.show(step, f"eval/{evaluation.name}", folder / evaluation.name)
                 scores |= results
                 _say("  ".join(f"{key}={value:.5g}" for key, value in results.items()))
             self._bar.resume()

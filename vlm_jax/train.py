@@ -320,7 +320,11 @@ class _Run:
             _say(f"there is no {metric_writer.FILE}: it begins after step {self.start}")
         self.writer = closing.enter_context(
             metric_writer.MetricWriter(
-                self.workdir, self.start, tensorboard=config.tensorboard, wandb=config.wandb
+                self.workdir,
+                self.start,
+                tensorboard=config.tensorboard,
+                wandb=config.wandb,
+                config=self.meta.get("config"),
             )
         )
         if jax.process_index() == 0:

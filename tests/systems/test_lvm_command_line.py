@@ -96,6 +96,27 @@ def test_a_batch_file_goes_on_where_it_stopped(run, tmp_path, monkeypatch, capsy
     assert sorted(path.name for path in out.iterdir()) == [f"{i}.png" for i in range(5)]
 
 
+def test_a_batch_file_says_what_is_not_used_and_fades_it(run, tmp_path, monkeypatch, capsys):
+    paths = photos(tmp_path, 5)
+    run.model.tokenizer = types.SimpleNamespace(side=16)
+    prompts = []
+
+    def once(found, *_, candidates, **__):
+        prompts.extend(found)
+        return [np.tile(images.resize(p[-1], 16), (candidates, 1, 1, 1, 1)) for p in found]
+
+    monkeypatch.setattr(run.model, "continue_", once)
+    lines = [{"input": [path.name for path in paths], "output": "long.png"},
+             {"input": [paths[0].name], "output": "short.png"}]  # fmt: skip
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    out = run(f"--jsonl={file}", "--candidates=1", "--show_inputs")
+    assert "1 of 2 lines have more images than fit" in capsys.readouterr().out
+    assert [len(prompt) for prompt in prompts] == [3, 1]
+    shown = images.decode(out / "long.png")[8, 8::16, 0]
+    assert shown.tolist() == [192, 192 + 9 // 4, 18, 27, 36, 36]
+
+
 def test_videos_are_prompts(run, tmp_path, capsys):
     av = pytest.importorskip("av")
     path = tmp_path / "a:b.mp4"

@@ -65,7 +65,8 @@ def test_two_images_in_one_go(model, golden):
 def test_sliding_window(parts, golden):
     model = lvm.Lvm(*parts, context_images=int(golden["e2e.window_context_frames"][0]))
     prompt = golden["e2e.window_prompt_ids"].reshape(5, 64)
-    ids = model.continue_ids([prompt], 2, sampler=GREEDY)
+    with pytest.warns(UserWarning, match="first 2 of 5 images are not used"):
+        ids = model.continue_ids([prompt], 2, sampler=GREEDY)
     np.testing.assert_array_equal(ids[0, 0], golden["e2e.window_new_ids"])
     images = model.tokenizer.decode(ids[0, 0])
     np.testing.assert_allclose(images, golden["e2e.window_images_float"], atol=1e-4)
@@ -100,8 +101,8 @@ def unfilled(model, prompt, n, sampler, seed):
 
 @pytest.mark.parametrize("sampler", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_prompts_that_are_filled_up_continue_as_they_are(model, golden, sampler):
-    ids = np.concatenate([golden["vq.ids"][:3], golden["e2e.new_ids"][None]])
-    for prompt, n in ((ids[:3], 1), (ids[1:4], 3)):
+    ids = golden["e2e.window_prompt_ids"].reshape(5, 64)
+    for prompt, n in ((ids[:3], 1), (ids[:1], 3)):
         got = model.continue_ids([prompt], n, sampler=sampler, seed=5)[0, 0]
         np.testing.assert_array_equal(got, unfilled(model, prompt, n, sampler, 5))
 
@@ -118,12 +119,14 @@ def test_few_shapes_are_compiled(parts, golden):
 
 
 def test_perplexity_does_not_depend_on_the_others(model, golden):
-    ids = golden["vq.ids"]
+    ids = golden["e2e.window_prompt_ids"].reshape(5, 64)
     contexts, targets = [ids[:1], ids[:2], ids[1:2], ids[:3]], [ids[2:3], ids[:1], ids[:2], ids[:2]]
     together = model.perplexity_ids(contexts, targets)
-    for context, target, value in zip(contexts, targets, together):
+    score = jax.jit(lambda params, ids: model._network.bind(params)(ids).logits)
+    for i in (1, 3):  # of 3 and 5 images, among 4 and 8
+        context, target, value = contexts[i], targets[i], together[i]
         both = np.concatenate([context, target]).ravel()
-        logits = model._network.bind(model.params)(both[None, :-1]).logits[0, context.size - 1 :]
+        logits = score(model.params, both[None, :-1])[0, context.size - 1 :]
         logp = jax.nn.log_softmax(logits)[np.arange(target.size), target.ravel()]
         np.testing.assert_allclose(value, np.exp(-np.asarray(logp).mean()), rtol=1e-5)
     with pytest.raises(ValueError, match="prompt 1 has no context"):
@@ -203,6 +206,15 @@ def test_what_does_not_fit_is_said_and_whole_pairs_go(parts, golden):
     with pytest.warns(UserWarning, match="first 2 of 5 images are not used: the context holds 4"):
         made = model.continue_(list(images_u8), temperature=0.0)
     np.testing.assert_array_equal(made, model.continue_(list(images_u8[2:]), temperature=0.0))
+    with pytest.warns(UserWarning) as caught:
+        model.continue_([list(images_u8)] * 3, temperature=0.0)
+    assert [str(w.message).partition(" are")[0] for w in caught] == [
+        "the first 2 of 5 images (and those of 2 more prompts)"
+    ]
+    assert caught[0].filename == __file__  # the line that called
+    with pytest.warns(UserWarning) as caught:
+        list(model.continue_stream([list(images_u8)] * 3, temperature=0.0))
+    assert len(caught) == 1
     pairs = [tuple(images_u8[:2]), tuple(images_u8[2:4])]
     with pytest.warns(UserWarning, match="first 2 of 5"):
         np.testing.assert_array_equal(model.analogy(pairs, images_u8[4], temperature=0.0), made)

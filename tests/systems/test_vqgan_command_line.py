@@ -84,7 +84,7 @@ def test_bad_ids_and_options(run, tmp_path, capsys):
 
 def test_help_names_every_system_and_default(capsys):
     for arguments, words in (
-        (["--help"], ["Systems: ", "lvm", "nxtp", "vqgan"]),
+        (["--help"], ["Systems:\n", "lvm", "nxtp", "vqgan"]),
         (["vqgan", "--help"], ["(default: 16)"]),
         (["nxtp", "--help"], ["--ranking", "--threshold", "--prompt", "(default: 20)"]),
     ):

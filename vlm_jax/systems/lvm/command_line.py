@@ -25,8 +25,10 @@ import numpy as np
 from vlm_jax import loading
 from vlm_jax.data import folders, images, records, results, tiling, video
 from vlm_jax.datasets import visual_prompts
+from vlm_jax.systems.lvm import model as model_lib
 
 _CHUNK = 64  # prompts in memory at once; the device takes fewer
+_FIELDS = ("tokenizer", "context_images", "preset", "dtype")  # of the weights
 
 EXAMPLE = "--continue a.png b.png"  # what a finished run suggests
 
@@ -34,26 +36,33 @@ EXAMPLE = "--continue a.png b.png"  # what a finished run suggests
 def add_arguments(parser):
     """Adds the arguments of this system."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--continue", dest="frames", nargs="+", action="extend", metavar="IMAGE")
-    what.add_argument("--pair", action="append", nargs=2, metavar="IMAGE")
-    what.add_argument("--jsonl", metavar="FILE")
-    parser.add_argument("--query", metavar="IMAGE", help="with --pair")
-    parser.add_argument("--clip_start", type=int, default=0, help="first frame of a video")
-    parser.add_argument("--clip_stride", type=int, default=8, help="frames between two of them")
-    parser.add_argument("--clip_frames", type=int, default=4, help="frames of a video, at most")
-    parser.add_argument("--n", type=int, default=1, help="new images")
-    parser.add_argument("--candidates", type=int, default=4)
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    parser.add_argument("--top_k", type=int, default=50)
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    what.add_argument(
+        "--continue", dest="frames", nargs="+", action="extend", metavar="IMAGE", help="see above"
+    )
+    what.add_argument("--pair", action="append", nargs=2, metavar="IMAGE", help="see above")
+    what.add_argument("--jsonl", metavar="FILE", help="see above")
+    add = parser.add_argument
+    add("--query", metavar="IMAGE", help="with --pair")
+    add("--clip_start", type=int, default=0, help="first frame of a video")
+    add("--clip_stride", type=int, default=8, help="frames between two of them")
+    add("--clip_frames", type=int, default=4, help="frames of a video, at most")
+    add("--n", type=int, default=1, help="new images")
+    add("--candidates", type=int, default=4, help="independent answers")
+    add("--temperature", type=float, default=1.0, help="0 is greedy")
+    add("--top_k", type=int, default=model_lib.REFERENCE_TOP_K, help="likeliest ids; 0 is all")
+    add("--top_p", type=float, default=1.0, help="share of probability to draw from; 1 is all")
+    add("--seed", type=int, default=0, help="equal seeds give equal images")
     help_ = "of new images: empty, 'original' (size of the last input) or 'WIDTH,HEIGHT'"
-    parser.add_argument("--resize_output", default="", help=help_)
+    add("--resize_output", default="", help=help_)
     help_ = "with --jsonl: put the inputs in front of the new images"
-    parser.add_argument("--show_inputs", action="store_true", help=help_)
+    add("--show_inputs", action="store_true", help=help_)
     help_ = "with --jsonl: allow outputs outside of --out"
-    parser.add_argument("--anywhere", action="store_true", help=help_)
-    parser.add_argument("--tokenizer", default="", help='"tiny" or a folder with the VQGAN')
+    add("--anywhere", action="store_true", help=help_)
+    add("--tokenizer", default="", help='"tiny" or a folder with the VQGAN; empty: the run\'s own')
+    help_ = "images of a sequence, the new ones included; 0: as trained"
+    add("--context_images", type=int, default=0, help=help_)
+    add("--preset", default="", help="sizes of weights without a config.json, such as lvm_7b")
+    add("--dtype", default="", help="empty: bfloat16 on an accelerator, float32 on a CPU")
 
 
 def predict(args):
@@ -127,47 +136,67 @@ def _predict_file(args):
     state = results.Results(
         pathlib.Path(args.out) / ".unfinished.jsonl", _settings(args), start_anew=True
     )
-    errors = {row["id"]: row["mse"] for row in state.rows()}
-    if errors:
-        print(f"{len(errors)} of {len(source)} lines are there from last time")
+    done = {row["id"]: row for row in state.rows()}
+    if done:
+        print(f"{len(done)} of {len(source)} lines are there from last time")
     bad = []
     for start in range(0, len(source), _CHUNK):
         lines = []
         for i in range(start, min(start + _CHUNK, len(source))):
             name = source.record_id(i)
             try:
-                lines += [] if name in errors else [(name, paths[i], source[i])]
+                lines += [] if name in done else [(name, paths[i], source[i])]
             except records.BadRecordError as error:
                 bad.append(f"{name}: {error}")
-        prompts = [record["prompt"] for *_, record in lines]
-        made = _continue(model, prompts, args, args.seed + start) if prompts else []
-        new = {
-            name: _save(path, record, candidates_u8, args, model.tokenizer.side)
-            for (name, path, record), candidates_u8 in zip(lines, made)
-        }
-        state.write([{"id": name, "mse": mse} for name, mse in new.items()])
-        errors |= new
+        new = _answer(model, lines, args, args.seed + start) if lines else []
+        state.write(new)
+        done |= {row["id"]: row for row in new}
     state.discard()
     print(f"wrote {len(source) - len(bad)} pictures into {args.out}")
-    known = [mse for mse in errors.values() if mse is not None]
-    if known:
-        mse = float(np.mean(known))
-        print(f"mse {mse:.5f} over {len(known)} lines ({3 * mse:.5f} as the reference prints it)")
+    _summarise(list(done.values()))
     if bad:
         shown = "\n".join(bad[:8]) + (f"\nand {len(bad) - 8} more" if len(bad) > 8 else "")
         raise records.DataError(f"{len(bad)} of {len(source)} lines were left out:\n{shown}")
 
 
-def _save(path, record, candidates_u8, args, side):
+def _answer(model, lines, args, seed):
+    """Writes the pictures of lines [(name, path, record)]; a row of what is known of each."""
+    unused = [model.dropped(len(record["prompt"])) for *_, record in lines]
+    prompts = [record["prompt"][count:] for (*_, record), count in zip(lines, unused)]
+    made = _continue(model, prompts, args, seed)
+    rows = []
+    for (name, path, record), count, candidates_u8 in zip(lines, unused, made):
+        mse = _save(path, record, count, candidates_u8, args, model.tokenizer.side)
+        rows.append({"id": name, "mse": mse, "unused": count})
+    return rows
+
+
+def _summarise(rows):
+    """Prints the error, and whether all images were used."""
+    if known := [row["mse"] for row in rows if row["mse"] is not None]:
+        mse = float(np.mean(known))
+        print(f"mse {mse:.5f} over {len(known)} lines ({3 * mse:.5f} as the reference prints it)")
+    if cut := sum(row["unused"] > 0 for row in rows):
+        print(
+            f"{cut} of {len(rows)} lines have more images than fit into the context: their first "
+            f"ones are not used (faded where --show_inputs shows them)"
+        )
+
+
+def _save(path, record, unused, candidates_u8, args, side):
     """Writes the picture of a line; its error against the target, None without one."""
     prompt = record["prompt"]
     size = tiling.output_size(args.resize_output, prompt[-1].shape[:2])
-    inputs = prompt if args.show_inputs else []
+    inputs = [_faded(x) for x in prompt[:unused]] + prompt[unused:] if args.show_inputs else []
     tiling.save(path, tiling.draw(candidates_u8, inputs, size))
     if len(record["target"]) != args.n:
         return None
     true = np.stack([images.resize(x, side) for x in record["target"]])
     return float(np.square(images.to01(candidates_u8) - images.to01(true)).mean())
+
+
+def _faded(image_u8):
+    return 192 + image_u8 // 4
 
 
 def _settings(args):
@@ -178,8 +207,9 @@ def _settings(args):
 
 
 def _load(args):
-    fields = {"tokenizer": args.tokenizer} if args.tokenizer else {}
-    return loading.load("lvm", args.checkpoint, **fields)
+    fields = {name: getattr(args, name) for name in _FIELDS}
+    given = {name: value for name, value in fields.items() if value}
+    return loading.load("lvm", args.checkpoint, averaged=args.averaged, **given)
 
 
 def _continue(model, prompts, args, seed):

@@ -133,7 +133,7 @@ class Lvm(saving.Model):
           UserWarning: images that do not fit into the context are not used, see `dropped`.
         """
         prompts, single = _as_prompts(frames)
-        prompts = [self._fitting(prompt) for prompt in prompts]
+        prompts = self._fitting(prompts)
         ids = self.continue_ids(
             self._ids(prompts),
             n,
@@ -173,10 +173,15 @@ class Lvm(saving.Model):
           uint8[candidates, n, side, side, 3] of each prompt, or an ImageError.
         """
         seeds, side = itertools.count(seed), self.tokenizer.side
+        said: list[int] = []
 
         def read(prompt):  # reduced at once: photos are large
-            fitting = self._fitting(list(prompt))
-            return [images.resize(images.as_image(image), side) for image in fitting]
+            prompt = list(prompt)
+            unused = self.dropped(len(prompt))
+            if unused and not said:
+                said.append(unused)
+                self._warn(unused, len(prompt))
+            return [images.resize(images.as_image(image), side) for image in prompt[unused:]]
 
         def run(batch):
             return self.continue_(batch, n, seed=next(seeds), **options)
@@ -206,9 +211,8 @@ class Lvm(saving.Model):
         for batch, last in zip(batches, queries):
             if not len(batch) or any(len(pair) != 2 for pair in batch):
                 raise ValueError("pairs must be a non-empty list of (image, image)")
-            prompt = [image for pair in batch for image in pair] + [last]
-            prompts.append(self._fitting(prompt, pairs=True))
-        made = self.continue_(prompts, 1, **options)
+            prompts.append([image for pair in batch for image in pair] + [last])
+        made = self.continue_(self._fitting(prompts, pairs=True), 1, **options)
         return made[0] if single else made
 
     def perplexity(self, context: Any, target: Any) -> np.ndarray:
@@ -238,15 +242,20 @@ class Lvm(saving.Model):
         over = max(0, count - (self.context_images - 1))
         return over + over % 2 if pairs else over
 
-    def _fitting(self, prompt: list[Any], *, pairs: bool = False) -> list[Any]:
-        unused = self.dropped(len(prompt), pairs=pairs)
-        if unused:
-            warnings.warn(
-                f"the first {unused} of {len(prompt)} images are not used: the context holds "
-                f"{self.context_images}, the new one included",
-                stacklevel=3,
-            )
-        return prompt[unused:]
+    def _fitting(self, prompts: Sequence[Any], *, pairs: bool = False) -> list[Any]:
+        """The part of each prompt that fits; warns once, whatever their number."""
+        unused = [self.dropped(len(prompt), pairs=pairs) for prompt in prompts]
+        if cut := [i for i, count in enumerate(unused) if count]:
+            more = f" (and those of {len(cut) - 1} more prompts)" if len(cut) > 1 else ""
+            self._warn(unused[cut[0]], len(prompts[cut[0]]), more)
+        return [prompt[count:] for prompt, count in zip(prompts, unused)]
+
+    def _warn(self, unused: int, count: int, more: str = "") -> None:
+        warnings.warn(
+            f"the first {unused} of {count} images{more} are not used: the context holds "
+            f"{self.context_images}, the new one included",
+            stacklevel=4,  # who calls the verb
+        )
 
     # ---- the same on ids ---------------------------------------------------------------------
 
@@ -269,12 +278,12 @@ class Lvm(saving.Model):
             raise ValueError(f"n={n} and candidates={candidates} must be at least 1")
         size = self.tokenizer.cfg.tokens_per_image
         keep = self.context_images - 1
-        lengths = {min(len(prompt), keep) for prompt in prompts}
+        prompts = self._fitting(prompts)
+        lengths = {len(prompt) for prompt in prompts}
         if len(lengths) > 1:  # a cache has one next slot for all of its rows
-            return self._by_length(prompts, n, candidates, sampler, seed, keep)
-        rows = [np.asarray(prompt)[-keep:] for prompt in prompts]
-        fits = min(n, self.context_images - len(rows[0]))
-        context = np.stack(rows)
+            return self._by_length(prompts, n, candidates, sampler, seed)
+        context = np.stack([np.asarray(prompt) for prompt in prompts])
+        fits = min(n, self.context_images - context.shape[1])
         made = self._generate(context, fits, candidates, sampler, seed, 0)
         made = made.reshape(len(prompts) * candidates, fits, size)
         context = np.repeat(context, candidates, axis=0)
@@ -319,10 +328,10 @@ class Lvm(saving.Model):
         count = -(-tokens // size)
         return size * buckets.length(count, max(count, self.context_images))
 
-    def _by_length(self, prompts, n, candidates, sampler, seed, keep):
+    def _by_length(self, prompts, n, candidates, sampler, seed):
         groups: dict[int, list[int]] = {}
         for index, prompt in enumerate(prompts):
-            groups.setdefault(min(len(prompt), keep), []).append(index)
+            groups.setdefault(len(prompt), []).append(index)
         size = self.tokenizer.cfg.tokens_per_image
         result = np.zeros((len(prompts), candidates, n, size), np.int32)
         for indices in groups.values():

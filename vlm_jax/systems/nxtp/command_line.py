@@ -22,13 +22,14 @@ import json
 import pathlib
 
 from vlm_jax import loading
-from vlm_jax.data import images, inputs, label_sheet, records, results
+from vlm_jax.data import images, inputs, label_sheet, records, results, streaming
 from vlm_jax.systems.nxtp import model as model_lib
 
 _SHOWN = 60  # photos on the sheet
 _PRINTED = 20  # photos whose labels are printed
 _COLUMNS = ("id", "rank", "label", "score")
-_OPTIONS = ("k", "max_tokens", "ranking", "threshold", "prompt")
+_OPTIONS = ("k", "max_tokens", "ranking", "unfinished", "threshold", "prompt")
+_FIELDS = ("clip", "llama", "tokenizer", "dtype")  # of the weights
 
 EXAMPLE = "--image photo.jpg"  # what a finished run suggests
 
@@ -41,13 +42,17 @@ def add_arguments(parser):
     add("--max_tokens", type=int, default=model_lib.MAX_TOKENS, help="of a label")
     add("--ranking", default="prob", choices=model_lib.RANKINGS, help="what sorts the labels")
     add("--threshold", type=float, default=0.0, help="leave out labels of a lower score")
+    help_ = "also list labels that were cut off at --max_tokens"
+    add("--unfinished", action="store_true", help=help_)
     add("--prompt", default="", help="what the labels follow; empty: the model's own")
     add("--batch_size", type=int, default=model_lib.MAX_IMAGES, help="photos per device call")
+    add("--threads", type=int, default=streaming.THREADS, help="that read and cut photos")
     add("--num_processes", type=int, default=0, help="that share the photos")
     add("--process_id", type=int, default=-1, help="from 0")
     add("--clip", default="", help="the CLIP file of a released checkpoint")
     add("--llama", default="", help="folder with params.json and tokenizer.model")
     add("--tokenizer", default="", help="tokenizer file, when it lies elsewhere")
+    add("--dtype", default="", help="empty: bfloat16 on an accelerator, float32 on a CPU")
     add("--attention", action="store_true", help="draw attention maps as well, into a folder")
 
 
@@ -57,8 +62,9 @@ def predict(args) -> int:
     is_folder = out.suffix.lower() not in (".jsonl", ".csv")
     if args.attention and not is_folder:
         raise ValueError(f"--attention draws pictures; --out={args.out} must be a folder")
-    given = {name: getattr(args, name) for name in ("clip", "llama", "tokenizer")}
-    model = loading.load("nxtp", args.checkpoint, **{n: v for n, v in given.items() if v})
+    fields = {name: getattr(args, name) for name in _FIELDS}
+    given = {"averaged": args.averaged, **{name: x for name, x in fields.items() if x}}
+    model = loading.load("nxtp", args.checkpoint, **given)
     count, rank = inputs.processes(args.num_processes, args.process_id)
     names = inputs.find(args.image)[rank::count]
     options = {name: getattr(args, name) for name in _OPTIONS}
@@ -66,8 +72,8 @@ def predict(args) -> int:
     made = results.Results(file, {"checkpoint": args.checkpoint, **given, **options}, _COLUMNS)
 
     def label(todo):
-        size = args.batch_size
-        return model.label_stream(todo, batch_size=size, on_error="yield", **options)
+        flow = dict(batch_size=args.batch_size, threads=args.threads, on_error="yield")
+        return model.label_stream(todo, **flow, **options)
 
     status = results.run(names, made, label, _rows_of(made), batch_size=args.batch_size)
     if is_folder:

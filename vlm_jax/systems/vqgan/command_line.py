@@ -44,13 +44,15 @@ def predict(args) -> int:
         raise ValueError(f"--ids become pictures; --out={args.out} must be a folder")
     if args.batch_size < 1:
         raise ValueError(f"--batch_size={args.batch_size} must be at least 1")
-    tokenizer = loading.load("vqgan", args.checkpoint)
+    tokenizer = loading.load("vqgan", args.checkpoint, averaged=args.averaged)
     count, rank = inputs.processes(args.num_processes, args.process_id)
     known = _read_ids(args.ids) if args.ids else {}
     names = list(known) or inputs.find(args.image)
     file = results.of_process(out if is_file else out / "pictures.jsonl", count, rank)
     does = "encode" if is_file else "decode" if args.ids else "reconstruct"
-    made = results.Results(file, {"checkpoint": args.checkpoint, "does": does})
+    made = results.Results(
+        file, {"checkpoint": args.checkpoint, "averaged": args.averaged, "does": does}
+    )
     job = _Job(tokenizer, args.batch_size, file.parent, inputs.output_names(names), known)
     run = {"encode": job.encode, "decode": job.decode, "reconstruct": job.reconstruct}[does]
     rows = job.ids_row if is_file else job.picture_row
