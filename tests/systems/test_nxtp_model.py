@@ -92,20 +92,20 @@ def test_labels_of_the_reference_program(files, loaded):
 def test_few_numbers_of_labels_and_photos_are_compiled(files, loaded):
     photos = files[1]
     loaded._compiled.clear()
-    for k in (1, 4, 5, 6, 9):
-        labels = loaded.label(photos[0], k=k, max_tokens=6, unfinished=True, ranking="none")
+    for k in (1, 5, 6, 9):
+        labels = loaded.label(photos[0], k=k, max_tokens=3, unfinished=True, ranking="none")
         assert len(labels) <= k
     assert sum(run._cache_size() for run in loaded._compiled.values()) == 2  # of 5 and 10 labels
-    several = loaded.label(photos[:3], k=9, max_tokens=6, unfinished=True, ranking="none")
+    several = loaded.label(photos[:3], k=9, max_tokens=3, unfinished=True, ranking="none")
     assert [name for name, _ in several[0]] == [name for name, _ in labels]
     seven_kt, nine_kt = (
-        loaded._find(np.stack([loaded._cut(photos[0])]), k, 6, loaded._prompt).ids_bkt[0]
+        loaded._find(np.stack([loaded._cut(photos[0])]), k, 3, loaded._prompt).ids_bkt[0]
         for k in (7, 9)
     )
     np.testing.assert_array_equal(seven_kt, nine_kt[:7])
-    for count in (1, 2, 3, 4):
-        loaded.label([photos[0]] * count, k=9, max_tokens=6)
-    assert sum(run._cache_size() for run in loaded._compiled.values()) == 4  # 1, 2, 4 photos
+    for count in (3, 4):
+        loaded.label([photos[0]] * count, k=9, max_tokens=3)
+    assert sum(run._cache_size() for run in loaded._compiled.values()) == 3  # of one and four photos
 
 
 def test_attention_of_the_reference(files, loaded):
