@@ -105,7 +105,7 @@ def test_few_numbers_of_labels_and_photos_are_compiled(files, loaded):
     np.testing.assert_array_equal(seven_kt, nine_kt[:7])
     for count in (3, 4):
         loaded.label([photos[0]] * count, k=9, max_tokens=3)
-    assert sum(run._cache_size() for run in loaded._compiled.values()) == 3  # of one and four photos
+    assert sum(run._cache_size() for run in loaded._compiled.values()) == 3  # 1 and 4 photos
 
 
 def test_attention_of_the_reference(files, loaded):
