@@ -70,6 +70,10 @@ def test_bad_lines_are_named(tmp_path):
     ("a.csv", b"file,caption\na.jpg,\xff\xfe\n", "not UTF-8"),
     ("a.csv", "file,number\na.jpg,1\n", "columns there: file, number"),
     ("a.csv", "", "columns there: none"),
+    ("a.csv", "file,caption,caption\na.jpg,x,y\n", "the column 'caption' comes twice"),
+    ("a.csv", 'file,caption\na.jpg,"x\nb.jpg,y\n', "lines 2 to 3: unexpected end of data"),
+    ("a.csv", "version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
+    ("a.jsonl", '{"file": "a", "file": "b", "caption": "c"}\n', "the key 'file' comes twice"),
     ("a.csv", "file,caption\na.jpg,a cat, red\n", "quote a text with commas"),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_said(tmp_path, name, content, message):
@@ -90,3 +94,11 @@ def test_one_table_of_a_folder(tmp_path):
     table(tmp_path, "b.jsonl", "")
     with pytest.raises(records.DataError, match="a.csv, b.jsonl; name the one"):
         tables.find(tmp_path)
+
+
+def test_a_damaged_quote_costs_its_own_lines_alone(tmp_path):
+    text = 'file,caption\na.jpg,one\nb.jpg,"two" more\nc.jpg,three\nd.jpg,"four\ne.jpg,five\n'
+    found = tables.read(table(tmp_path, "a.csv", text))
+    assert [entry.file for entry in found.entries] == ["a.jpg", "c.jpg"]
+    assert [place.rpartition(":")[2] for place, _ in found.bad] == ["3", "5"]
+    assert "lines 5 to 6" in found.bad[1][1]

@@ -1,5 +1,7 @@
 """Tokenizers from tokenizer.json."""
 
+import json
+
 import pytest
 
 from vlm_jax.data import records, tokenizers
@@ -24,3 +26,12 @@ def test_from_json_names_a_file_that_is_none(tmp_path):
         tokenizers.from_json(tmp_path / "tokenizer.json")
     with pytest.raises(records.DataError, match="missing.json"):
         tokenizers.from_json(tmp_path / "missing.json")
+
+
+def test_two_tokens_of_one_id(tmp_path):
+    vocab = {"a": 0, "b": 1, "unk": 2}
+    content = json.loads(library.Tokenizer(library.models.WordLevel(vocab, "unk")).to_str())
+    content["model"]["vocab"]["twice"] = 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(records.DataError, match="2 tokens have the id 1"):
+        tokenizers.from_json(tmp_path / "tokenizer.json")

@@ -171,3 +171,9 @@ def test_zero_bytes_are_no_caption(tmp_path):
     for row in caption_files.rows(file):
         with pytest.raises(records.BadRecordError, match="UTF-16"):
             row.read()
+
+
+def test_a_column_twice(tmp_path):
+    (tmp_path / "a.csv").write_text("caption,caption\na dog,a cat\n")
+    with pytest.raises(records.DataError, match="'caption' comes twice"):
+        caption_files.check_column(tmp_path / "a.csv", "caption")

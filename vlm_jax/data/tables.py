@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import os
 import pathlib
 import posixpath
@@ -20,7 +19,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vlm_jax.data import records, shard_files
+from vlm_jax.data import file_kind, records, shard_files
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 FILES = ("file_name", "filename", "file", "image", "image_path", "path", "filepath", "photo")
@@ -79,7 +78,10 @@ def read(path: str | os.PathLike, file_column: str = "", text_column: str = "") 
     if path.suffix.lower() not in SUFFIXES:
         raise records.DataError(f"{path}: not a table; it must end in {', '.join(SUFFIXES)}")
     try:
-        text = shard_files.read_bytes(path, MAX_BYTES).decode("utf-8-sig")
+        content = shard_files.read_bytes(path, MAX_BYTES)
+        if content and (reason := file_kind.not_data(path)):
+            raise records.DataError(f"{path} {reason}")
+        text = content.decode("utf-8-sig")
     except records.BadRecordError as error:
         raise records.DataError(str(error)) from error
     except UnicodeDecodeError as error:
@@ -113,8 +115,8 @@ def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(io.StringIO(text), 1):
         if line.strip():
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                row = records.parse_json(line)
+            except ValueError as error:
                 row = f"not JSON: {error}"
             yield number, row if isinstance(row, dict | str) else "not a JSON object"
 
@@ -122,21 +124,29 @@ def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
 def _cells(path: pathlib.Path, text: str) -> Iterator[tuple[int, Any]]:
     header = text.partition("\n")[0]
     separator = max(_SEPARATORS, key=header.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    # Strict: else a quote that nobody closes takes all lines behind it into one text.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     names: list[str] | None = None
-    try:
-        for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                continue
-            if names is None:
-                names = [name.strip() for name in cells]
-            elif len(cells) > len(names):
-                cause = f"{len(cells)} cells under {len(names)} columns; quote a text with commas"
-                yield reader.line_num, cause
-            else:
-                yield reader.line_num, dict(zip(names, cells))
-    except csv.Error as error:
-        raise records.DataError(f"{path}:{reader.line_num}: {error}") from error
+    while True:
+        first = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield first, f"lines {first} to {reader.line_num}: {error}"
+            continue
+        if not any(cell.strip() for cell in cells):
+            continue
+        if names is None:
+            names = [name.strip() for name in cells]
+            if twice := [name for name in names if name and names.count(name) > 1]:
+                raise records.DataError(f"{path}: the column {twice[0]!r} comes twice")
+        elif len(cells) > len(names):
+            cause = f"{len(cells)} cells under {len(names)} columns; quote a text with commas"
+            yield reader.line_num, cause
+        else:
+            yield reader.line_num, dict(zip(names, cells))
 
 
 def _gather(path, lines, file_column: str, text_column: str) -> Table:

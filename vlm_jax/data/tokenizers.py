@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -121,7 +122,13 @@ def marks_spaces(tokenizer: Any) -> bool:
 
 
 def _require_own_ids(tokenizer: Any, content: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Refuses added tokens that the library numbers anew: where ids before theirs are missing."""
+    """Refuses added tokens that the library numbers anew: where ids before theirs are missing.
+
+    And two tokens of one id, of which only one could be decoded.
+    """
+    counts = collections.Counter(tokenizer.get_vocab(with_added_tokens=True).values())
+    if twice := [token_id for token_id, count in counts.items() if count > 1]:
+        raise records.DataError(f"{path}: {counts[twice[0]]} tokens have the id {twice[0]}")
     for token in content.get("added_tokens", ()):
         if (own := tokenizer.token_to_id(token["content"])) != token["id"]:
             raise records.DataError(

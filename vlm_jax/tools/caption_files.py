@@ -181,6 +181,8 @@ def _header(
     if column not in names:
         shown = ", ".join(f"{name:.40}" for name in names[:12])
         raise records.DataError(f"{file}: no column {column!r} among its first line: {shown}")
+    if names.count(column) > 1:
+        raise records.DataError(f"{file}: the column {column!r} comes twice")
     return names, names.index(column)
 
 

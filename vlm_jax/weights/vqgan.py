@@ -144,6 +144,9 @@ def config_from_hf(fields: Mapping[str, Any]) -> vqgan.VqganConfig:
     if absent := sorted(needed - set(fields)):
         raise errors.WeightsError(f"{absent} missing; not a VQGAN config")
     sizes = {ours: fields[theirs] for theirs, ours in _FIELDS.items() if theirs in fields}
+    if not isinstance(fields["no_attn_mid_block"], bool):
+        raise errors.WeightsError(f"no_attn_mid_block is {fields['no_attn_mid_block']!r:.40}, "
+                                  "not true or false")  # fmt: skip
     # Not upstream's key: there the groups are always 32.
     groups = fields.get("norm_groups", 32)
     return bounds.make_config(
