@@ -139,7 +139,7 @@ def test_many_rows_are_those_one_by_one():
         {"tokens": np.arange(8), "more": [], "more_weights": []},  # cut before the last id
         {"tokens": [], "more": [1.5]},
     ]
-    rows, errors = formatter.format_many(found)
+    rows, errors = formatter.format_many(iter(found), len(found))
     assert sorted(errors) == [2, 5] and "no field 'more'" in str(errors[2])
     for number, record in enumerate(found):
         good = record is not None and number not in errors
@@ -153,7 +153,7 @@ def test_many_rows_are_those_one_by_one():
 @pytest.mark.parametrize("bad", [-1, 70])
 def test_ids_that_are_cut_off_are_checked_too(bad):
     tokens = [*range(12), bad]
-    for call in (make(), make().encode, lambda record: make().format_many([None, record])):
+    for call in (make(), make().encode, lambda record: make().format_many([None, record], 2)):
         with pytest.raises(records.DataError, match=f"token id {bad} at place 13 is outside"):
             call({"tokens": tokens})
     with pytest.raises(records.DataError, match="token id 99 at place 9"):

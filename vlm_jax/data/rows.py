@@ -139,23 +139,38 @@ class Rows:
         return epochs, indices
 
     def _formatted(self, owners: np.ndarray, indices: np.ndarray, places: list[Place]) -> Chunk:
-        found: list[Any] = [None] * len(owners)
-        errors = {}
+        unread: dict[int, records.BadRecordError] = {}
+        found = self._read(owners, indices, places, unread)
+        arrays, unfit = self._formatter.format_many(found, len(places))
+        errors = unread | unfit
+        bad = {row: [self._bad(places[row], error)] for row, error in errors.items()}
+        valid = owners >= 0
+        valid[list(errors)] = False
+        return Chunk({**arrays, "valid": valid}, Origin(places, bad))
+
+    def _read(
+        self,
+        owners: np.ndarray,
+        indices: np.ndarray,
+        places: list[Place],
+        errors: dict[int, records.BadRecordError],
+    ) -> Iterator[records.Record | None]:
+        """Record after record, as some are large; None, and an error, where there is none."""
+        read: dict[int, Any] = {}
         for owner, here in _by_source(owners):
             source = self._entries[self.mixture.names[owner]].source
-            for row, record in zip(here.tolist(), sources.read_many(source, indices[here])):
-                if isinstance(record, records.BadRecordError):
-                    errors[row] = record
-                else:
-                    found[row] = record
-        arrays, unfit = self._formatter.format_many(found)
-        origin = Origin(
-            places,
-            {row: [self._bad(places[row], error)] for row, error in (errors | unfit).items()},
-        )
-        valid = np.array([record is not None for record in found])
-        valid[list(unfit)] = False
-        return Chunk({**arrays, "valid": valid}, origin)
+            if hasattr(source, "read_many"):
+                read.update(zip(here.tolist(), source.read_many(indices[here]), strict=True))
+        for row, place in enumerate(places):
+            record = read.pop(row, None)
+            if record is None and place.indices:
+                try:
+                    record = self._entries[place.source].source[place.indices[0]]
+                except records.BadRecordError as error:
+                    record = error
+            if isinstance(record, records.BadRecordError):
+                errors[row], record = record, None
+            yield record
 
     def _one_by_one(self, epochs: np.ndarray, places: list[Place]) -> Chunk:
         examples, valid, origin = [], np.zeros(len(places), bool), Origin(places)

@@ -36,7 +36,6 @@ import numpy as np
 
 from vlm_jax.data import (
     array_records,
-    bad_records,
     file_kind,
     records,
     shard_files,
@@ -86,24 +85,6 @@ def make_source(type: str, **fields: Any) -> Source:
         return module.make_source(**fields)
     except TypeError as error:
         raise records.DataError(f"data source of type {type!r}: {error}") from error
-
-
-def read_many(source: Source, indices: np.ndarray) -> list[records.Record | records.BadRecordError]:
-    """The records at these places; an error stands where one cannot be read.
-
-    Raises:
-      DataError: what ends the run, with the record's name.
-    """
-    if hasattr(source, "read_many"):
-        return source.read_many(indices)
-    found: list[records.Record | records.BadRecordError] = []
-    for index in indices.tolist():
-        with bad_records.naming(source, index):
-            try:
-                found.append(source[index])
-            except records.BadRecordError as error:
-                found.append(error)
-    return found
 
 
 class Memory:

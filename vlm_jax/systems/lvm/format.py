@@ -22,7 +22,7 @@ import binascii
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,24 +59,24 @@ class Formatter:
 
     def __call__(self, record: Mapping[str, Any], rng: Any = None) -> dict[str, np.ndarray]:
         """One sentence as one row, padded, or cut at max_tokens. Errors as `encode`."""
-        rows, errors = self.format_many([record])
+        rows, errors = self.format_many([record], 1)
         if errors:
             raise errors[0]
         return {key: x[0] for key, x in rows.items()}
 
     def format_many(
-        self, found: Sequence[Mapping[str, Any] | None]
+        self, found: Iterable[Mapping[str, Any] | None], count: int
     ) -> tuple[dict[str, np.ndarray], dict[int, records.BadRecordError]]:
         """A row for each record, and the errors of bad ones by their place; zeros stand for them.
 
         Args:
-          found: records; None makes zeros.
+          found: `count` records, each needed no longer than until the next; None makes zeros.
 
         Raises:
           DataError: as `encode`.
         """
-        ids = np.zeros((len(found), self.max_tokens + 1), np.int32)
-        weights, sizes = np.zeros(ids.shape, np.float32), np.zeros(len(found), np.int64)
+        ids = np.zeros((count, self.max_tokens + 1), np.int32)
+        weights, sizes = np.zeros(ids.shape, np.float32), np.zeros(count, np.int64)
         errors: dict[int, records.BadRecordError] = {}
         known: dict[Any, Any] = {}
         for row, record in enumerate(found):
