@@ -21,6 +21,8 @@ EXTRAS = {
     "logging": ["matplotlib>=3.8", "tensorboardX>=2.6"],
     # Reading .bin and .pth checkpoints. 2.6 is the first safe release: CVE-2025-32434.
     "torch": ["torch>=2.6"],
+    # The API reference, docs/api.py.
+    "docs": ["pdoc>=15"],
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
 }
@@ -35,6 +37,7 @@ EXTRAS["test"] = [
     *EXTRAS["text"],
     *EXTRAS["labels"],
     *EXTRAS["torch"],
+    *EXTRAS["docs"],
 ]
 
 setup(

@@ -127,6 +127,32 @@ def test_every_link_leads_somewhere():
     assert not missing
 
 
+def test_the_networks_alone():
+    """All blocks of the page, one after the other, as a reader types them; five lines at most."""
+    found = blocks(ROOT / "docs" / "networks.md", "python")
+    assert len(found) >= 6
+    names = {}
+    for block in found:
+        assert len(block.splitlines()) <= 5, block
+        exec(block, names)
+    assert names["logits"].shape == (1, 8, 8292) and names["ids"].shape == (1, 256)
+    assert names["cosines"].shape == (2, 3)
+
+
+@pytest.mark.slow
+def test_the_api_reference(tmp_path):
+    """Built without a warning, with the page on the networks in it."""
+    pytest.importorskip("pdoc")
+    out = subprocess.run(
+        [sys.executable, ROOT / "docs" / "api.py", tmp_path], capture_output=True, text=True,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    page = (tmp_path / "vlm_jax" / "models.html").read_text()
+    assert "The networks alone" in page and "hidden_states" in page
+    assert "Lvm" in (tmp_path / "vlm_jax" / "systems" / "lvm.html").read_text()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, demo_data):
     """What the page on own data calls photos, captioned, clips, a.png, ..."""

@@ -1,5 +1,10 @@
 """vlm_jax: vision as next-token prediction, in JAX. See README.md."""
 
+import typing
+
+if typing.TYPE_CHECKING:
+    from vlm_jax.loading import load as load
+
 __version__ = "0.1.0"
 
 

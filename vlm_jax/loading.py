@@ -6,8 +6,9 @@ import inspect
 import json
 import os
 import pathlib
+import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from etils import epath
@@ -16,6 +17,47 @@ from vlm_jax import commit_marker, compilation_cache, hardware, memory, saving, 
 from vlm_jax import config as config_lib
 from vlm_jax import task as task_lib
 from vlm_jax.weights import convert, readers, shipped
+
+if typing.TYPE_CHECKING:
+    from vlm_jax import image_tokenizer
+    from vlm_jax.systems import lvm, nxtp
+
+
+@typing.overload
+def load(
+    system: Literal["lvm"],
+    checkpoint: str,
+    *,
+    averaged: bool = True,
+    tokenizer: str = "",
+    context_images: int = ...,
+    dtype: str = "",
+    preset: str = "",
+) -> lvm.Lvm: ...
+
+
+@typing.overload
+def load(
+    system: Literal["nxtp"],
+    checkpoint: str,
+    *,
+    averaged: bool = True,
+    tokenizer: str = "",
+    prompt: str = "",
+    dtype: str = "",
+    clip: str = "",
+    llama: str = "",
+) -> nxtp.Nxtp: ...
+
+
+@typing.overload
+def load(
+    system: Literal["vqgan"], checkpoint: str, *, averaged: bool = True
+) -> image_tokenizer.ImageTokenizer: ...
+
+
+@typing.overload
+def load(system: str, checkpoint: str, *, averaged: bool = True, **fields: Any) -> Any: ...
 
 
 def load(system: str, checkpoint: str, *, averaged: bool = True, **fields: Any) -> Any:
@@ -32,7 +74,8 @@ def load(system: str, checkpoint: str, *, averaged: bool = True, **fields: Any) 
       **fields: of the system's `from_run` or `from_upstream`, for example `tokenizer=`.
 
     Returns:
-      For "lvm" a `systems.lvm.Lvm`; other systems name theirs.
+      "lvm": `systems.lvm.Lvm`, "nxtp": `systems.nxtp.Nxtp`, "vqgan": `ImageTokenizer`; systems
+      elsewhere name theirs.
 
     Raises:
       NotEnoughMemory: the parameters do not fit; said before they are read.

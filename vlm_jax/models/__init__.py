@@ -1,0 +1,4 @@
+"""Networks alone: no data, no training.
+
+.. include:: ../../docs/networks.md
+"""

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from vlm_jax.nn import conv, norms
+from vlm_jax.nn import conv, functional, norms
 from vlm_jax.ops import attention, matmul, partition
 
 # Of the pixels, channel by channel; upstream: clip/clip.py, _transform.
@@ -230,6 +230,21 @@ class VisionTower(nnx.Module):
         Raises:
           ValueError: another image size.
         """
+        x_btd = self._enter(image_byxc)
+        x_btd = _run(self.blocks[slice(num_blocks)], x_btd, self.cfg, causal=False)
+        return self.post_norm(x_btd) if post_norm else x_btd
+
+    def hidden_states(self, image_byxc):
+        """What enters the first block and what leaves each, [depth + 1, B, t, width].
+
+        Before the last norm, as transformers' `output_hidden_states` gives them; t and the image as
+        in `tokens`.
+        """
+        states = [self._enter(image_byxc)]
+        _run(self.blocks, states[0], self.cfg, causal=False, states=states)
+        return jnp.stack(states)
+
+    def _enter(self, image_byxc):
         side, channels = self.cfg.image_size, 3
         if image_byxc.shape[1:] != (side, side, channels):
             raise ValueError(
@@ -241,9 +256,7 @@ class VisionTower(nnx.Module):
             self.class_token[...].astype(x_bpd.dtype), (x_bpd.shape[0], 1, self.cfg.width)
         )
         x_btd = jnp.concatenate([class_b1d, x_bpd], axis=1)
-        x_btd = self.pre_norm(x_btd + self.positions[...].astype(x_btd.dtype))
-        x_btd = _run(self.blocks[slice(num_blocks)], x_btd, self.cfg, causal=False)
-        return self.post_norm(x_btd) if post_norm else x_btd
+        return self.pre_norm(x_btd + self.positions[...].astype(x_btd.dtype))
 
     def embed(self, x_btd):
         """`tokens` -> embedding float32[B, projection] of the class token."""
@@ -269,16 +282,27 @@ class TextTower(nnx.Module):
         Raises:
           ValueError: more tokens than positions.
         """
-        num_tokens = tokens_bt.shape[1]
-        if num_tokens > self.cfg.max_tokens:
-            raise ValueError(f"{num_tokens} tokens for {self.cfg.max_tokens} positions; cut them")
-        x_btd = jnp.take(self.table[...], tokens_bt, axis=0, mode="fill").astype(self.cfg.dtype)
-        x_btd += self.positions[...][:num_tokens].astype(x_btd.dtype)
-        x_btd = self.final_norm(_run(self.blocks, x_btd, self.cfg, causal=True))
+        x_btd = self.final_norm(_run(self.blocks, self._enter(tokens_bt), self.cfg, causal=True))
         marks_bt = tokens_bt if self.cfg.end_id < 0 else tokens_bt == self.cfg.end_id
         end_b = jnp.argmax(marks_bt, axis=1)
         x_bd = jnp.take_along_axis(x_btd, end_b[:, None, None], axis=1)[:, 0]
         return self.projection("bd,de->be", x_bd).astype(jnp.float32)
+
+    def hidden_states(self, tokens_bt):
+        """What enters the first block and what leaves each, [depth + 1, B, T, width].
+
+        Before the last norm, as transformers' `output_hidden_states` gives them.
+        """
+        states = [self._enter(tokens_bt)]
+        _run(self.blocks, states[0], self.cfg, causal=True, states=states)
+        return jnp.stack(states)
+
+    def _enter(self, tokens_bt):
+        num_tokens = tokens_bt.shape[1]
+        if num_tokens > self.cfg.max_tokens:
+            raise ValueError(f"{num_tokens} tokens for {self.cfg.max_tokens} positions; cut them")
+        x_btd = jnp.take(self.table[...], tokens_bt, axis=0, mode="fill").astype(self.cfg.dtype)
+        return x_btd + self.positions[...][:num_tokens].astype(x_btd.dtype)
 
 
 class Clip(nnx.Module):
@@ -386,10 +410,18 @@ class Linear(nnx.Module):
         return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 
-def _run(blocks, x_btd, cfg, causal):
+def make(cfg: ClipConfig) -> functional.Functional:
+    """Both towers behind the functional boundary: `.init(rng)`, `.abstract()`, `.bind(params)`."""
+    return functional.Functional(lambda rngs: Clip(cfg, rngs))
+
+
+def _run(blocks, x_btd, cfg, causal, states=None):
+    """What leaves the last block; what leaves each is put behind `states`, a list."""
     for block in blocks:
         call = lambda x_btd, block=block: block(x_btd, causal)  # noqa: E731
         x_btd = jax.checkpoint(call)(x_btd) if cfg.remat == "full" else call(x_btd)
+        if states is not None:
+            states.append(x_btd)
     return x_btd
 
 

@@ -240,6 +240,20 @@ class Llama(nnx.Module):
         hidden_btd, cache = self.transform(self.embed(tokens_bt), **kwargs)
         return Output(self.logits(hidden_btd), hidden_btd, cache)
 
+    def hidden_states(self, tokens_bt, **kwargs):
+        """What enters the first block and what leaves each, [depth + 1, B, T, D].
+
+        The last is behind the final norm, what `logits` reads, as transformers'
+        `output_hidden_states` gives them. In the compute dtype.
+
+        Args:
+          tokens_bt: int32.
+          **kwargs: as in `transform`, without a cache.
+        """
+        x_btd = self.embed(tokens_bt)
+        hidden_btd, left_lbtd = self.transform(x_btd, keep=True, **kwargs)
+        return jnp.concatenate([x_btd[None], left_lbtd[:-1], hidden_btd[None]])
+
     def step(self, tokens_bt, cache, *, valid_bt=None, fresh=False, length=None):
         """One call of a decoding loop: (float32 logits_bv after the last token, cache).
 
@@ -292,8 +306,14 @@ class Llama(nnx.Module):
         mask_bts=None,
         cache: Cache | branches.Branches | None = None,
         fresh: bool = False,
+        keep: bool = False,
     ):
-        """Vectors in the space of the embedding -> (hidden_btd after the final norm, cache)."""
+        """Vectors in the space of the embedding -> (hidden_btd after the final norm, cache).
+
+        With `keep`, what leaves each block stands in for the cache, [depth, B, T, D].
+        """
+        if keep and cache is not None:
+            raise ValueError("keep and cache cannot be combined")
         if isinstance(cache, branches.Branches):
             return self._transform_branches(x_btd, cache)
         b, t, _ = x_btd.shape
@@ -322,10 +342,11 @@ class Llama(nnx.Module):
             positions_bt = jnp.maximum(seen_b + count_bt - 1, 0)
         angles = rope.table(positions_bt, self.cfg.head_size, self.cfg.rope_theta)
 
-        x_btd, layers = self._blocks(x_btd, cache and cache.layers, angles, where, index, fresh)
+        context = angles, where, index, fresh
+        x_btd, layers = self._blocks(x_btd, cache and cache.layers, *context, keep=keep)
         if cache is not None:
             cache = Cache(layers, valid_bs, cache.index + t)
-        return self.final_norm(x_btd), cache
+        return self.final_norm(x_btd), layers if keep else cache
 
     def _transform_branches(self, x_brd, cache):
         prefix = cache.prefix
@@ -338,17 +359,18 @@ class Llama(nnx.Module):
         x_brd, own = self._blocks(x_brd, layers, angles, where, cache.index, False)
         return self.final_norm(x_brd), branches.Branches(prefix, own, cache.index + 1)
 
-    def _blocks(self, x_btd, caches, *context):
+    def _blocks(self, x_btd, caches, *context, keep=False):
         def block(x_btd, module, cache):
             x_btd = partition.constrain(x_btd, partition.BATCH, None, None)
-            return module(x_btd, cache, *context)
+            x_btd, cache = module(x_btd, cache, *context)
+            return x_btd, x_btd if keep else cache
 
         if not self.cfg.scan_layers:
             filled = {}
             for i, module in enumerate(self.layers):
                 cache = None if caches is None else caches[str(i)]
                 x_btd, filled[str(i)] = _remat(block, self.cfg)(x_btd, module, cache)
-            return x_btd, filled
+            return x_btd, jnp.stack(list(filled.values())) if keep else filled
         graph, stacked = nnx.split(self.layers)
         return jax.lax.scan(
             _remat(lambda x_btd, xs: block(x_btd, nnx.merge(graph, xs[0]), xs[1]), self.cfg),
@@ -569,6 +591,11 @@ def decode_form(params, cfg: LlamaConfig):
     execution = dict(fused=True, scan_layers=False, remat="none")
     decode_cfg = dataclasses.replace(cfg, dtype=dtype, param_dtype=dtype, **execution)
     return jax.jit(convert)(params), decode_cfg
+
+
+def make(cfg: LlamaConfig) -> functional.Functional:
+    """The network behind its functional boundary: `.init(rng)`, `.abstract()`, `.bind(params)`."""
+    return functional.Functional(lambda rngs: Llama(cfg, rngs))
 
 
 def decode_dtype(dtype: str) -> str:

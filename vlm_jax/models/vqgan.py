@@ -221,6 +221,29 @@ class Vqgan(nnx.Module):
         """int32[B, t] -> image01 float32[B, f*sqrt(t), f*sqrt(t), 3], not clamped."""
         return self.decode_latents(self.lookup(ids_bt))
 
+    def hidden_states(self, image01_byxc):
+        """What leaves every part while an image is encoded and decoded again.
+
+        Args:
+          image01_byxc: float[B, H, W, 3] in [0, 1].
+
+        Returns:
+          Name -> float[B, H', W', C], in their order: "encoder/conv_in", "encoder/down/0", ...,
+          "encoder/mid", "encoder/conv_out", "latents" (before quantisation), "codes" (behind it),
+          "decoder/conv_in", "decoder/mid", "decoder/up/N", ..., "decoder/up/0", "decoder/norm_out",
+          and "image01", not clamped.
+        """
+        states = dict(self.encoder.stages(image01_byxc.astype(self.cfg.dtype)))
+        states = {f"encoder/{name}": x for name, x in states.items()}
+        z_byxc = self.quant_conv(states["encoder/conv_out"]).astype(jnp.float32)
+        codes_byxc = self.quantize.codes(self.quantize(z_byxc)).reshape(z_byxc.shape)
+        x_byxc = self.post_quant_conv(codes_byxc.astype(self.cfg.dtype))
+        decoded = {f"decoder/{name}": x for name, x in self.decoder.stages(x_byxc)}
+        image01_byxc = self.last_conv(decoded["decoder/norm_out"])
+        return (
+            states | dict(latents=z_byxc, codes=codes_byxc) | decoded | dict(image01=image01_byxc)
+        )
+
     def straight_through(self, z_byxc, *, factor_on="codebook", weight_b=None) -> StraightThrough:
         """Quantises z for training: the codes forward, the identity backward."""
         distances_bte = self.quantize.distances(z_byxc)
@@ -361,11 +384,19 @@ class Encoder(nnx.Module):
 
     def __call__(self, x_byxc):
         """float[B, H, W, 3] -> float[B, H/f, W/f, z_channels]."""
+        *_, (_, z_byxc) = self.stages(x_byxc)
+        return z_byxc
+
+    def stages(self, x_byxc):
+        """(name, what leaves it) of every part, in their order."""
         h_byxc = self.conv_in(x_byxc)
-        for level in self.down:
+        yield "conv_in", h_byxc
+        for i, level in enumerate(self.down):
             h_byxc = level(h_byxc)
+            yield f"down/{i}", h_byxc
         h_byxc = self.mid(h_byxc)
-        return self.conv_out(jax.nn.silu(self.norm_out(h_byxc)))
+        yield "mid", h_byxc
+        yield "conv_out", self.conv_out(jax.nn.silu(self.norm_out(h_byxc)))
 
 
 class Decoder(nnx.Module):
@@ -397,10 +428,19 @@ class Decoder(nnx.Module):
 
     def features(self, x_byxc):
         """float[B, h, w, z_channels] -> float[B, f*h, f*w, width of level 0]."""
-        h_byxc = self.mid(self.conv_in(x_byxc))
-        for level in reversed(self.up):
-            h_byxc = level(h_byxc)
-        return jax.nn.silu(self.norm_out(h_byxc))
+        *_, (_, h_byxc) = self.stages(x_byxc)
+        return h_byxc
+
+    def stages(self, x_byxc):
+        """(name, what leaves it) of every part up to the last convolution, in their order."""
+        h_byxc = self.conv_in(x_byxc)
+        yield "conv_in", h_byxc
+        h_byxc = self.mid(h_byxc)
+        yield "mid", h_byxc
+        for i in reversed(range(len(self.up))):
+            h_byxc = self.up[i](h_byxc)
+            yield f"up/{i}", h_byxc
+        yield "norm_out", jax.nn.silu(self.norm_out(h_byxc))
 
 
 class Level(nnx.Module):
