@@ -17,7 +17,6 @@ import numpy as np
 from vlm_jax import saving
 from vlm_jax.data import image_files, images, records, streaming
 from vlm_jax.models import vqgan
-from vlm_jax.nn import functional
 from vlm_jax.ops import buckets
 from vlm_jax.weights import errors, shipped
 from vlm_jax.weights import vqgan as vqgan_weights
@@ -204,7 +203,7 @@ class ImageTokenizer(saving.Model):
 
     @functools.cached_property
     def _functions(self):
-        network = functional.Functional(lambda rngs: vqgan.Vqgan(self.cfg, rngs))
+        network = vqgan.make(self.cfg)
         encode = jax.jit(lambda params, x: network.bind(params).encode(x))
         decode = jax.jit(lambda params, ids: network.bind(params).decode(ids))
         return encode, decode

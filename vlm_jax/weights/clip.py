@@ -195,7 +195,7 @@ def join_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, .
 
 def abstract_params(cfg: clip.ClipConfig) -> Mapping[str, Any]:
     """The tree that the converters fill."""
-    return functional.Functional(lambda rngs: clip.Clip(cfg, rngs)).abstract()
+    return clip.make(cfg).abstract()
 
 
 def from_tensors(tensors: convert.Tensors, cfg: clip.ClipConfig, shardings=None) -> dict[str, Any]:

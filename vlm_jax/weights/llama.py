@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlm_jax.models import llama
-from vlm_jax.nn import functional
 from vlm_jax.weights import bounds, convert, errors, llama_configs, llama_layouts, readers
 
 # Tables and configs have files of their own; this is the door to all.
@@ -34,7 +33,7 @@ HF_STEM = "model"  # of the file names that transformers looks for
 def abstract_params(cfg: llama.LlamaConfig) -> Mapping[str, Any]:
     """The tree that the converters fill: stacked layers, whatever `cfg` says of decoding."""
     stacked = dataclasses.replace(cfg, scan_layers=True, fused=False)
-    return functional.Functional(lambda rngs: llama.Llama(stacked, rngs)).abstract()
+    return llama.make(stacked).abstract()
 
 
 def from_hf(tensors: convert.Tensors, cfg: llama.LlamaConfig, shardings=None) -> dict[str, Any]:

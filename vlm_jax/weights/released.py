@@ -101,9 +101,8 @@ def _nxtp() -> Mapping[str, Any]:
 
 def _clip() -> Mapping[str, Any]:
     from vlm_jax.models import clip
-    from vlm_jax.nn import functional
 
-    return functional.Functional(lambda rngs: clip.Clip(clip.PRESETS["l14"], rngs)).abstract()
+    return clip.make(clip.PRESETS["l14"]).abstract()
 
 
 def _vgg() -> Mapping[str, Any]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlm_jax.models import vqgan
-from vlm_jax.nn import functional
 from vlm_jax.weights import bounds, convert, errors, readers, shipped
 
 
@@ -40,7 +39,7 @@ HF_RULES = (
 
 def abstract_params(cfg: vqgan.VqganConfig) -> Mapping[str, Any]:
     """The tree that the converters fill."""
-    return functional.Functional(lambda rngs: vqgan.Vqgan(cfg, rngs)).abstract()
+    return vqgan.make(cfg).abstract()
 
 
 def from_hf(tensors: convert.Tensors, cfg: vqgan.VqganConfig, shardings=None) -> dict[str, Any]:

@@ -21,7 +21,6 @@ import numpy as np
 from vlm_jax import image_tokenizer
 from vlm_jax.datasets import composed_scenes
 from vlm_jax.models import vqgan
-from vlm_jax.nn import functional
 
 
 def prepare(
@@ -56,7 +55,7 @@ def prepare(
         return
     start = time.monotonic()
     encoder = image_tokenizer.ImageTokenizer.load(tokenizer, side=image_side)
-    network = functional.Functional(lambda rngs: vqgan.Vqgan(encoder.cfg, rngs))
+    network = vqgan.make(encoder.cfg)
 
     @jax.jit
     def to_ids(params, images_u8):

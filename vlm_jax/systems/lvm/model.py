@@ -26,7 +26,6 @@ from vlm_jax import image_tokenizer, saving
 from vlm_jax.data import images, streaming
 from vlm_jax.decoding import generate, sampling
 from vlm_jax.models import llama
-from vlm_jax.nn import functional
 from vlm_jax.ops import buckets, losses
 
 REFERENCE_TOP_K = 50  # upstream: inference.py leaves top_k unset, and generate() then takes 50
@@ -63,7 +62,7 @@ class Lvm(saving.Model):
         self.lead_ids = tuple(lead_ids)
         self._sections, self._stored = dict(sections or {}), saving.dtype_of(params)
         self.params, self.cfg = llama.decode_form(params, cfg)
-        self._network = functional.Functional(lambda rngs: llama.Llama(self.cfg, rngs))
+        self._network = llama.make(self.cfg)
         self._generators: dict[Any, Any] = {}
 
     def __repr__(self) -> str:

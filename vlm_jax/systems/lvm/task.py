@@ -79,7 +79,7 @@ class LvmTask:
     @functools.cached_property
     def network(self) -> functional.Functional:
         """The LLaMA behind its functional boundary."""
-        return functional.Functional(lambda rngs: llama.Llama(self.cfg, rngs))
+        return llama.make(self.cfg)
 
     @property
     def predict(self) -> Mapping[str, Any]:
@@ -263,7 +263,7 @@ class LvmTask:
                 )
             prompt_bt, valid_bt, new = batch["tokens"][:, :end], None, size
         params, cfg = llama.decode_form(params, self.cfg)
-        module = functional.Functional(lambda rngs: llama.Llama(cfg, rngs)).bind(params)
+        module = llama.make(cfg).bind(params)
         cache = llama.make_cache(cfg, prompt_bt.shape[0], prompt_bt.shape[1] + new)
         sampler = sampling.Sampler(
             temperature=self.temperature,
