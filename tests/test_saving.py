@@ -280,6 +280,20 @@ def test_a_folder_of_another_system_or_version(tmp_path):
         vlm_jax.load("vqgan", str(tmp_path / "saved"))
 
 
+@pytest.mark.parametrize("change, message", [
+    (dict(task=3), "task is no section"), (dict(files=[]), "files is no section"),
+    (dict(load={"colour": "red"}), "loaded without 'colour'"),
+    (dict(formatter={"sise": 64}), "formatter.sise"), (dict(model={"depth": 2}), "model.depth"),
+    (dict(files={"../x": ""}), "names '../x', which is outside"),
+])  # fmt: skip
+def test_a_config_that_makes_no_model(tmp_path, change, message):
+    vlm_jax.load("vqgan", "tiny").save(tmp_path / "saved")
+    file = tmp_path / "saved" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        vlm_jax.load("vqgan", str(tmp_path / "saved"))
+
+
 def test_the_card(lvm_run, tmp_path):
     model = vlm_jax.load("lvm", str(lvm_run))
     model.save(tmp_path / "saved")

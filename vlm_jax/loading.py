@@ -146,13 +146,14 @@ def missing(system: str, checkpoint: str) -> str:
 
 
 def _from_saved(module: Any, config: dict[str, Any], path: pathlib.Path, fields: Any) -> Any:
+    fields = {**config.get("load", {}), **fields}
     _check_fields(module.from_run, fields, str(path))
     task = module.make_task(config["model"], **config["task"])
-    formatter = module.make_formatter(**config["formatter"])
+    formatter = config_lib.call(module.make_formatter, config.get("formatter"), "formatter")
     abstract = jax.eval_shape(task.init, jax.random.key(0))
     _require_memory(module, str(path), abstract, fields)
     params = convert.convert(readers.read(path), convert.NATIVE_RULES, abstract)
-    model = module.from_run(task, formatter, params, **{**config.get("load", {}), **fields})
+    model = module.from_run(task, formatter, params, **fields)
     return _noted(model, saving.source_of(config))
 
 

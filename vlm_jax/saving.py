@@ -277,7 +277,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any] | None:
     """config.json of a folder of weights of ours, '{workdir}' filled in; None for other folders.
 
     Raises:
-      WeightsError: it was written by a newer version.
+      WeightsError: it was written by a newer version, or is damaged.
     """
     folder = pathlib.Path(path).expanduser().absolute()
     try:
@@ -286,6 +286,9 @@ def read_config(path: str | os.PathLike) -> dict[str, Any] | None:
         return None
     if not {"system", "model"} <= set(config):
         return None
+    for key in (*_SECTIONS, "load", "source", "files"):
+        if not isinstance(config.get(key, {}), dict):
+            raise errors.WeightsError(f"{folder / CONFIG}: {key} is no section")
     if config.get("format", FORMAT) != FORMAT:
         raise errors.WeightsError(
             f"{folder}: written in format {config['format']!r}, this version reads {FORMAT}; "
