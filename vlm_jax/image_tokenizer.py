@@ -168,9 +168,13 @@ class ImageTokenizer(saving.Model):
 
     def _checked(self, ids: Any) -> np.ndarray | records.BadRecordError:
         """Ids of one picture, or why they are none."""
-        ids = np.asarray(ids)
+        try:
+            ids = np.asarray(ids)
+        except ValueError as error:  # rows of different length
+            return records.BadRecordError(f"no list of ids: {error!s:.80}")
         wanted = self.cfg.tokens_per_image
-        if ids.shape != (wanted,) or not (0 <= ids.min() and ids.max() < self.cfg.num_embeddings):
+        whole = ids.dtype.kind in "iu" and ids.shape == (wanted,)
+        if not whole or not (0 <= ids.min() and ids.max() < self.cfg.num_embeddings):
             return records.BadRecordError(
                 f"{ids.size} ids; {wanted} of 0..{self.cfg.num_embeddings - 1} are a picture"
             )
@@ -191,9 +195,16 @@ class ImageTokenizer(saving.Model):
         """int32[N, tokens_per_image] -> float32[N, side, side, 3], clipped to [0, 1].
 
         Raises:
-          ValueError: ids that are not in the codebook.
+          ValueError: not whole numbers in rows, or not in the codebook.
         """
         ids = np.asarray(ids)
+        if ids.ndim != 2 or ids.dtype.kind not in "iu":
+            raise ValueError(
+                f"{ids.dtype}{list(ids.shape)} are no ids: int32[N, {self.cfg.tokens_per_image}], "
+                "a row for each picture, are needed"
+            )
+        if not len(ids):
+            return np.zeros((0, self.side, self.side, 3), np.float32)
         if ids.size and not (0 <= ids.min() and ids.max() < self.cfg.num_embeddings):
             raise ValueError(
                 f"ids {ids.min()}..{ids.max()} are not all in the codebook of "

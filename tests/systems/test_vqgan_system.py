@@ -220,6 +220,13 @@ def test_released_layout_loads(golden_lvm, tmp_path):
     np.testing.assert_allclose(tokenizer.decode(ids), expected, atol=1e-4)
     with pytest.raises(ValueError, match="not all in the codebook of 64"):
         tokenizer.decode(ids + 60)
+    for wrong in (ids[0], ids + 0.5, ids > 3, ids.astype(str), ids.astype(object)):
+        with pytest.raises(ValueError, match="are no ids: int32.N, "):
+            tokenizer.decode(wrong)
+    assert tokenizer.decode(ids[:0]).shape == (0, *expected.shape[1:])
+    wrong = [ids[0] + 0.5, ids[0] > 3, ["a"] * len(ids[0]), [[1], [2, 3]], None]
+    found = list(tokenizer.decode_stream(wrong, on_error="yield"))
+    assert all(isinstance(x, records.BadRecordError) for x in found)
 
 
 def test_shipped_tokenizer():
