@@ -34,14 +34,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vlm_jax.data import (
-    array_records,
-    file_kind,
-    records,
-    shard_files,
-    sidecar,
-    tar_index,
-)
+from vlm_jax.data import array_records, file_kind, records, shard_files, sidecar, tar_index
 
 MAX_LINE = 16 * 2**20  # bytes; a longer line is left out, not read
 _MAX_BAD = 100_000  # lines that are named, where there are not more good ones
