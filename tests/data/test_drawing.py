@@ -229,3 +229,33 @@ def test_damage_of_any_kind(tmp_path, form):
                         assert drawn.draw(BLACK, "a.jpg").shape == BLACK.shape
                 except records.DataError:
                     pass
+
+
+@pytest.mark.parametrize("kind", ["images", "categories"])
+def test_coco_ids_that_come_twice(tmp_path, kind):
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg"}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [],
+    }
+    content[kind].append(content[kind][0])
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(records.DataError, match=f"the id 1 comes twice among {kind}"):
+        drawing.load_things(str(tmp_path / "a.json"))
+
+
+def test_coco_objects_that_cannot_be_are_bad_records(tmp_path):
+    boxes = [[1, 2, 3, 4], [1, 2, -3, 4], [1, 2, 3, 4]]
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg"}],
+        "categories": [{"id": 7, "name": "cat"}],
+        "annotations": [
+            {"image_id": 1, "category_id": category, "bbox": box}
+            for category, box in zip((7, 7, 8), boxes)
+        ],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    good, backwards, unknown = drawing.load_things(str(tmp_path / "a.json"))["a.jpg"]
+    assert good.label == 1 and not good.problem
+    assert "ends before it begins" in backwards.problem
+    assert "category 8 is not among" in unknown.problem

@@ -21,6 +21,7 @@ Labels count from 1; the classes of a COCO file are numbered by rank of their id
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import os
@@ -183,6 +184,10 @@ def load_things(path: str) -> dict[str, tuple[Thing, ...]]:
 
 
 def _from_coco(content: Mapping[str, Any]) -> dict[str, list[Thing]]:
+    for kind in ("categories", "images"):
+        counts = collections.Counter(entry["id"] for entry in content.get(kind, ()))
+        if twice := [number for number, count in counts.items() if count > 1]:
+            raise ValueError(f"the id {twice[0]!r:.40} comes twice among {kind}")
     ranks = sorted(category["id"] for category in content.get("categories", ()))
     label = {number: rank for rank, number in enumerate(ranks, 1)}
     names = {image["id"]: _name(image["file_name"]) for image in content["images"]}
@@ -199,8 +204,11 @@ def _coco_thing(entry: Mapping[str, Any], label: Mapping[Any, int]) -> Thing:
         x, y, width, height = box
         box = (x, y, x + width, y + height)
     flat = _numbers(entry.get("keypoints") or (), "keypoints")
+    category = entry.get("category_id")
+    if label and category is not None and category not in label:
+        raise ValueError(f"category {category!r:.40} is not among the categories")
     return Thing(
-        label=label.get(entry.get("category_id"), 1),
+        label=label.get(category, 1),
         box=box,
         keypoints=tuple(flat[i : i + 3] for i in range(0, len(flat), 3)),
         polygons=() if isinstance(shape, Mapping) else tuple(map(tuple, shape)),
@@ -248,6 +256,8 @@ def _check(thing: Thing) -> None:
         raise ValueError(f"label {thing.label!r:.40} is no integer")
     if len(_numbers(thing.box, "box")) not in (0, 4):
         raise ValueError(f"a box of {len(thing.box)} numbers")
+    if thing.box and (thing.box[2] < thing.box[0] or thing.box[3] < thing.box[1]):
+        raise ValueError(f"the box {thing.box} ends before it begins")
     for point in thing.keypoints:
         if len(_numbers(point, "keypoints")) != 3:
             raise ValueError("keypoints are not x, y, visible each")

@@ -7,6 +7,7 @@ Our paths are the upstream names with '/' for '.'; a convolution is (out, in, kh
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -113,9 +114,9 @@ def config_beside(path: str | os.PathLike) -> vqgan.VqganConfig:
       FileNotFoundError: nothing there, or no config.json.
       WeightsError: it is damaged, or not of a VQGAN.
     """
-    folder = readers.folder_of(shipped.folder_of("vqgan", path))
-    file = folder / "config.json"
-    if not folder.exists():
+    found = shipped.folder_of("vqgan", path)
+    file = readers.folder_of(found) / "config.json"
+    if not pathlib.Path(os.fspath(found).rpartition("::")[2]).expanduser().exists():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     if not file.exists():
         raise FileNotFoundError(f"{file} not found; put it there or name a preset: "
