@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_jax.weights import bounds, errors, llama_configs, readers
+from vlm_jax.weights import bounds, errors, llama_configs, readers, vqgan
 
 CONFIG = dict(vocab_size=32, hidden_size=16, num_hidden_layers=2, intermediate_size=24,
               num_attention_heads=2)  # fmt: skip
@@ -141,6 +141,13 @@ def test_a_folder_without_weights_says_what_it_holds(tmp_path):
 def test_configs_of_another_function(fields):
     with pytest.raises((errors.WeightsError, OverflowError), match=next(iter(fields))[:3]):
         llama_configs.config_from_hf({**CONFIG, **fields})
+
+
+@pytest.mark.parametrize("multiples", [[], [0], [1, 0, 2]])
+def test_a_vqgan_without_levels(multiples):
+    fields = vqgan.config_to_hf(vqgan.PRESETS["tiny"]) | {"channel_mult": multiples}
+    with pytest.raises(ValueError, match="channel_mult=.* must name a level, each from 1"):
+        vqgan.config_from_hf(fields)
 
 
 def test_configs_with_whole_numbers_for_floats():

@@ -77,6 +77,8 @@ class VqganConfig:
         # JSON and ConfigDict give lists; a frozen config must hash.
         object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
         object.__setattr__(self, "attn_resolutions", tuple(self.attn_resolutions))
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise ValueError(f"channel_mult={self.channel_mult} must name a level, each from 1")
         for width in self.widths:
             if width % self.norm_groups:
                 raise ValueError(
