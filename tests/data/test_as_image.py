@@ -224,6 +224,7 @@ class _Site(http.server.BaseHTTPRequestHandler):
             "/file": (302, {"Location": "file:///etc/passwd"}, b""),
             "/ftp": (302, {"Location": "ftp://127.0.0.1/a"}, b""),
             "/html": (200, {}, b"<html>"),
+            "/short": (200, {"Content-Length": "99999"}, file_of(Image.fromarray(RGB))),
         }
         if self.path == "/slow":
             self.server.gone.wait(5)
@@ -257,6 +258,7 @@ def test_urls_within_bounds(site, monkeypatch):
     for path, cause in (
         ("gone", "cannot read: HTTP Error 404"), ("html", "not an image"),
         ("file", "cannot read: "), ("ftp", "cannot read: "),
+        ("short", "cannot read: cut off: [0-9]+ of 99999 bytes came"),
     ):  # fmt: skip
         with pytest.raises(images.ImageError, match=f"{site}/{path}: {cause}"):
             images.as_image(f"{site}/{path}")

@@ -112,6 +112,17 @@ def test_two_names_of_one_output(folder, other):
         make(folder, *lines)
 
 
+@pytest.mark.parametrize("names", [("d.png", "d.png/e.png"), ("a/d.png/b/e", "a/d.png")])
+def test_an_output_that_would_be_a_folder_of_another(folder, names):
+    with pytest.raises(records.DataError, match="writes the picture '.*d.png', of which line"):
+        make(folder, *({"input": ["a.png"], "output": name} for name in names))
+
+
+def test_a_file_without_lines(folder):
+    with pytest.raises(records.DataError, match="holds no line"):
+        make(folder)
+
+
 @pytest.mark.parametrize("output", [".", "..", "a/..", "x.exe", "n" * 999])
 def test_outputs_that_are_no_pictures(folder, output):
     with pytest.raises(records.DataError, match="prompts.jsonl:1: .*(names no file|end with)"):

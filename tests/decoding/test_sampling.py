@@ -96,3 +96,9 @@ def test_other_numbers_compile_nothing():
         knobs = sampling.Sampler(temperature, top_k, top_p).knobs
         draw(knobs, jax.random.key(0), jnp.zeros((2, 8)))
     assert traced == [1]
+
+
+@pytest.mark.parametrize("odd", [{"temperature": -1}, {"temperature": np.nan}, {"top_p": np.nan}])
+def test_numbers_that_sample_nothing(odd):
+    with pytest.raises(ValueError, match=next(iter(odd))):
+        sampling.Sampler(**odd)

@@ -54,7 +54,12 @@ def _fetch(url: str, max_bytes: int, seconds: float, answer: queue.Queue) -> Non
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "vlm_jax"})
         with _opener().open(request, timeout=seconds) as stream:
-            answer.put(stream.read(max_bytes + 1))
+            content = stream.read(max_bytes + 1)
+            # Reading so many bytes at most, http.client does not mind that there are fewer.
+            promised = int(stream.headers.get("Content-Length") or len(content))
+            if len(content) < min(promised, max_bytes + 1):
+                raise ConnectionError(f"cut off: {len(content)} of {promised} bytes came")
+            answer.put(content)
     except Exception as error:  # http.client, ssl and urllib raise many kinds
         answer.put(error)
 

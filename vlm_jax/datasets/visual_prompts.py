@@ -44,6 +44,8 @@ class VisualPrompts:
             for number, line in enumerate(lines, 1)
             if line.strip()
         ]
+        if not self._lines:
+            raise records.DataError(f"{path}: holds no line")
         self._check_names()
         self._check_files()
 
@@ -90,6 +92,13 @@ class VisualPrompts:
             if seen.setdefault(place, number) != number:
                 raise records.DataError(
                     f"{self._path}: lines {seen[place]} and {number} both write {line['output']!r}"
+                )
+        for place, number in seen.items():
+            above = (str(folder) for folder in pathlib.PurePath(place).parents)
+            if folder := next((folder for folder in above if folder in seen), ""):
+                raise records.DataError(
+                    f"{self._path}: line {seen[folder]} writes the picture {folder!r}, of which "
+                    f"line {number} makes a folder"
                 )
 
     def _check_files(self) -> None:

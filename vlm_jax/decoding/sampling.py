@@ -43,8 +43,8 @@ class Sampler:
     suppress_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} is negative; 0 is greedy")
+        if not self.temperature >= 0:  # NaN neither
+            raise ValueError(f"temperature {self.temperature} is not from 0, which is greedy, on")
         if self.top_k < 0:
             raise ValueError(f"top_k {self.top_k} is negative; 0 keeps all tokens")
         if not 0 < self.top_p <= 1:
