@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax import saving
-from vlm_jax.weights import released
+from vlm_jax import released, saving
 
 _USES = {
     "lvm": "model.continue_([frame1, frame2, frame3], n=1)",

@@ -1,6 +1,6 @@
 """Released weights that the systems read: names, sizes, licences, memory, and a first check.
 
-    python -m vlm_jax.weights.released > docs/weights.md
+    python -m vlm_jax.released > docs/weights.md
 
 What upstream does not state is "unknown" here. Memory is computed from the shapes.
 """
@@ -19,7 +19,7 @@ import numpy as np
 
 UNKNOWN = "unknown"
 _TEXT = """\
-<!-- made by: python -m vlm_jax.weights.released > docs/weights.md -->
+<!-- made by: python -m vlm_jax.released > docs/weights.md -->
 # Released weights
 
 Every released file that the systems read. Sizes are those of the published files; sums are what
