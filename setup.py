@@ -29,6 +29,7 @@ EXTRAS = {
 EXTRAS["demo"] = [*EXTRAS["data"], *EXTRAS["logging"], "tokenizers>=0.20"]
 EXTRAS["test"] = [
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "ruff>=0.8",
     "setuptools>=77",  # one test builds the wheel
     "wheel",
