@@ -1,6 +1,8 @@
 """Processes of a job hear of each other's failures; here they are threads around one hub."""
 
 import contextlib
+import os
+import signal
 import socket
 import threading
 import time
@@ -193,6 +195,26 @@ def test_a_stop_before_the_first_update_ends_the_others_with_the_same_status(end
     assert ends[0][0] == 143 and "stopped by SIGTERM" in ends[0][1]
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
+def test_a_lost_terminal_stops_a_run_unless_nohup_says_no():
+    left, before = [], signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = stop_signal.StopSignal(left.append)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.asked(1)
+        stop.restore()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop = stop_signal.StopSignal(left.append)
+        assert not stop.asked(1)
+        os.kill(os.getpid(), signal.SIGHUP)
+        wait_for(lambda: stop.asked(2))
+        assert left == []
+    finally:
+        stop.restore()
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_stop_signal_asks_the_peers():
     asked = []
 
@@ -202,9 +224,6 @@ def test_stop_signal_asks_the_peers():
 
         def stops_at(self, step):
             return bool(asked) and step >= 7
-
-    import os
-    import signal
 
     left = []
     stop = stop_signal.StopSignal(left.append)
