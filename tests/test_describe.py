@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from tests import test_recipes
+from tests import test_recipes, tiny_system
 from vlm_jax import config as config_lib
 from vlm_jax import describe, main
 
@@ -100,3 +100,7 @@ def test_meanings_are_taken_from_docstrings():
         "one": "the first line goes on.", "two": "the first line goes on.",
         "three": "in the same entry.", "four": "own.",
     }  # fmt: skip
+
+
+def test_a_system_from_elsewhere_is_described():
+    assert "noise" in describe.text(tiny_system.get_config())

@@ -19,6 +19,9 @@ from typing import Any
 POSITIVE = (math.ulp(0.0), math.inf)  # limits of `check_ranges`
 
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
 class ConfigError(ValueError):
     """A recipe or an override that cannot work; the message says what to change."""
 
@@ -46,10 +49,7 @@ def section(cls: type, values: Mapping[str, Any] | None, name: str) -> Any:
         if key not in fields:
             problems.append(f"unknown key {name}.{key}{nearest(key, fields)}")
         elif not _fits(value, hints[key]):
-            problems.append(
-                f"{name}.{key}={value!r} is {type(value).__name__}, "
-                f"needs {getattr(hints[key], '__name__', hints[key])}"
-            )
+            problems.append(_misfit(value, hints[key], f"{name}.{key}"))
         elif hints[key] is float:
             try:
                 values[key] = float(value)
@@ -79,8 +79,20 @@ def model_section(cls: type, presets: Mapping[str, Any], values: Mapping[str, An
     preset = fields.pop("preset", "")
     if preset and preset not in presets:
         raise ConfigError(f"model.preset={preset!r}{nearest(preset, presets)}")
+    _check_sizes(fields, "model")
     base = dataclasses.asdict(presets[preset]) if preset else {}
     return section(cls, {**base, **fields}, "model")
+
+
+def _check_sizes(fields: Mapping[str, Any], name: str) -> None:
+    """Raises ConfigError for numbers and dtypes that no network has; types are checked later."""
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value, f"{name}.{key}")
+        elif isinstance(value, (int, float)) and not 0 <= value < 2**31:
+            raise ConfigError(f"{name}.{key}={value!r} must be between 0 and {2**31 - 1}")
+        elif key.endswith("dtype") and isinstance(value, str) and value not in _DTYPES:
+            raise ConfigError(f"{name}.{key}={value!r}{nearest(value, _DTYPES)}")
 
 
 def call(function: Callable[..., Any], values: Mapping[str, Any] | None, name: str) -> Any:
@@ -96,9 +108,27 @@ def call(function: Callable[..., Any], values: Mapping[str, Any] | None, name: s
         problems = [
             f"unknown key {name}.{key}{nearest(key, known)}" for key in values if key not in known
         ]
+        hints = _hints(function)
+        problems += [
+            _misfit(value, hints[key], f"{name}.{key}")
+            for key, value in values.items()
+            if key in known and key in hints and not _fits(value, hints[key])
+        ]
         if problems:
             raise ConfigError("\n".join(problems))
     return function(**values)
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    except (NameError, TypeError):  # annotations that cannot be resolved are no contract
+        return {}
+
+
+def _misfit(value: Any, hint: Any, name: str) -> str:
+    needs = getattr(hint, "__name__", hint)
+    return f"{name}={value!r} is {type(value).__name__}, needs {needs}"
 
 
 def plain(values: Any) -> Any:

@@ -98,8 +98,9 @@ def sections(values: Mapping[str, Any]) -> Iterator[Section]:
     yield _section(_TOP, run.Recipe, top)
     system = task_lib.resolve(values["system"], "systems")
     task = system.make_task(dict(values["model"]), **values.get("task") or {})
-    yield from _of_model(task.cfg, values["model"], "model")
-    fixed = {"cfg": task.cfg}
+    fixed = {"cfg"}
+    if hasattr(task, "cfg"):  # a system from elsewhere may keep its model's fields itself
+        yield from _of_model(task.cfg, values["model"], "model")
     rows = rows_of(type(task), values.get("task") or {}, task)
     yield _section("task", type(task), [row for row in rows if row.key not in fixed])
     fields = values.get("formatter") or {}

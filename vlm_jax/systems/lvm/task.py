@@ -27,6 +27,10 @@ from vlm_jax.nn import functional
 from vlm_jax.ops import losses
 from vlm_jax.systems.lvm import prompts, token_files
 
+_NOT_NEGATIVE = (
+    "loss_chunk", "context_images", "lead_tokens", "image_side", "temperature", "top_k"
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class LvmTask:
@@ -70,6 +74,12 @@ class LvmTask:
             raise ValueError(f"task.loss_mean={self.loss_mean!r} is neither 'row' nor 'token'")
         if self.attention not in ("causal", "documents"):
             raise ValueError(f"task.attention={self.attention!r}: 'causal' or 'documents'")
+        config_lib.check_ranges(
+            self,
+            **dict.fromkeys(("codebook_size", "tokens_per_image"), (1, 2**31 - 1)),
+            **dict.fromkeys(_NOT_NEGATIVE, (0, 2**31 - 1)),
+            top_p=(0, 1),
+        )
         if self.codebook_size > self.cfg.vocab_size:
             raise ValueError(
                 f"task.codebook_size={self.codebook_size} is more than "
