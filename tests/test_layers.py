@@ -12,6 +12,13 @@ ROOT = pathlib.Path(__file__).parents[1] / "vlm_jax"
 CONTRACTS = {"config", "task", "hardware"}
 # A network with its data side, and models as folders to take away, for the systems above them.
 SHARED = {"image_tokenizer", "text_embedder", "memory", "saving"}
+# Models to take away, and the memory that they need: single files, and what each may import.
+TAKING_AWAY = {
+    "memory": {"nn"},
+    "saving": {"nn", "weights", "provenance", "model_card"},
+    "model_card": {"saving", "released"},
+    "released": {"models", "weights", "systems"},
+}
 ALLOWED = {
     "ops": set(),
     "nn": {"ops"},
@@ -95,6 +102,11 @@ def test_libraries_import_downwards(part):
         assert not extra, f"{path.relative_to(ROOT)} imports {extra}"
 
 
+@pytest.mark.parametrize("part", TAKING_AWAY)
+def test_what_is_taken_away_imports_downwards(part):
+    assert imports_of(ROOT / f"{part}.py") <= TAKING_AWAY[part] | CONTRACTS
+
+
 def test_program_knows_no_system():
     for name in PROGRAM:
         path = ROOT / f"{name}.py"
@@ -121,7 +133,7 @@ def test_systems_do_not_import_each_other():
 def test_every_part_is_on_a_floor():
     names = {path.name for path in ROOT.iterdir() if not path.name.startswith(("_", "."))}
     parts = {name.removesuffix(".py") for name in names - {"py.typed"}}
-    other = SHARED | {"assets", "configs", "provenance", "commit_marker", "model_card", "released"}
+    other = SHARED | set(TAKING_AWAY) | {"assets", "configs", "provenance", "commit_marker"}
     assert parts <= set(ALLOWED) | PROGRAM | DOORS | CONTRACTS | other, "a part without a floor"
 
 
