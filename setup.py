@@ -53,6 +53,9 @@ setup(
     # Recipes travel inside the package, so that an installed wheel can run them.
     packages=[*find_packages(include=["vlm_jax", "vlm_jax.*"]), "vlm_jax.configs"],
     package_dir={"vlm_jax.configs": "configs"},
+    # Editable installs put the checkout on the path. Setuptools' default, a hook behind the path,
+    # loses against a folder vlm_jax beside the user's script, as `git clone` makes one.
+    options={"editable_wheel": {"mode": "compat"}},
     package_data={"vlm_jax": ["py.typed", "assets/*", "assets/*/*", "systems/*/README.md"]},
     install_requires=[
         "absl-py>=2.1",
