@@ -229,7 +229,13 @@ def test_a_checkpoint_of_another_size(train):
     err = train(
         "--config.model.width=64",
         "--config.train.steps=4",
-        words=["is of another model", "embed/table", "[1124, 32]", "[1124, 64]"],
+        words=[
+            "is of another model",
+            "embed/table",
+            "[1124, 32]",
+            "[1124, 64]",
+            "In the recipe (there -> here): model.width: 32 -> 64",
+        ],
     )
     assert "another workdir" in err
 

@@ -276,16 +276,28 @@ def restore(
 
 
 def require_same_parameters(
-    saver: checkpoints.Checkpointer, step: int, state: Mapping[str, Any]
+    saver: checkpoints.Checkpointer,
+    step: int,
+    state: Mapping[str, Any],
+    config: Mapping[str, Any],
 ) -> None:
-    """Raises CheckpointError unless all but the optimizer's part is as in `state` (shapes do)."""
+    """Raises CheckpointError unless all but the optimizer's part is as in `state` (shapes do).
+
+    It names the leaves, and the keys of `config` (that of this run) that may be why.
+    """
 
     def kept(named):
         return {name: leaf for name, leaf in named.items() if not name.startswith(_OPTIMIZER)}
 
-    saved, wanted = saver.describe(step)["leaves"], leaves.flatten(state)
-    folder = saver.folder / str(step)
-    checkpoints.require_same(folder, kept(saved), leaves.describe(kept(wanted)))
+    described, folder = saver.describe(step), saver.folder / str(step)
+    saved, wanted = kept(described["leaves"]), leaves.describe(kept(leaves.flatten(state)))
+    try:
+        checkpoints.require_same(folder, saved, wanted)
+    except checkpoints.CheckpointError as error:
+        keys = changes(described["meta"].get("config", {}), config)
+        keys = {key: both for key, both in keys.items() if key.startswith(_MEANING)}
+        lines = [f"In the recipe (there -> here): {line}" for line in show(keys)]
+        raise checkpoints.CheckpointError("\n".join([str(error), *lines])) from None
 
 
 def _sources(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:

@@ -198,7 +198,8 @@ class _Run:
         saved = self.saver.describe(self.start)["meta"]
         self.start_row = resume.rows_seen(saved, self.start, self.config.batch_size)
         self.records_before = saved.get("data", {}).get("records", {})
-        resume.require_same_parameters(self.saver, self.start, self.abstract)
+        config = self.meta.get("config", {})
+        resume.require_same_parameters(self.saver, self.start, self.abstract, config)
         if not ("config" in saved and "config" in self.meta and make):
             return
         changed = resume.changes(saved["config"], self.meta["config"])
