@@ -12,14 +12,19 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
+def source(tmp_path_factory):
+    source = tmp_path_factory.mktemp("checkout") / "vlm_jax"
     # From a copy: a build leaves folders behind, and picks up what an earlier one left.
     for name in ("vlm_jax", "configs", "third_party"):
         shutil.copytree(ROOT / name, source / name)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", source, "--no-deps", "-q", "-w", folder]
     out = subprocess.run(
         [*map(str, command), "--no-build-isolation"], capture_output=True, text=True, timeout=600
@@ -72,3 +77,17 @@ def test_runs_outside_the_checkout(wheel, tmp_path, demo_data):
     )
     assert out.returncode == 0, out.stderr[-3000:]
     assert (tmp_path / "run" / "checkpoints" / "1" / "COMMIT.json").exists()
+
+
+@pytest.mark.slow
+def test_an_editable_install_is_found_beside_a_checkout_of_that_name(source, tmp_path):
+    """A script beside the clone, in whose folder `vlm_jax` is a folder without __init__.py."""
+    build = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
+    out = subprocess.run(
+        [sys.executable, "-c", build, tmp_path], cwd=source, capture_output=True, text=True
+    )
+    assert out.returncode == 0, out.stderr[-3000:]
+    (path,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        (entry,) = [name for name in wheel.namelist() if "dist-info" not in name]
+        assert entry.endswith(".pth") and wheel.read(entry).decode().strip() == str(source)
