@@ -2,12 +2,12 @@ r"""Turns a run into a folder to take away, which `vlm_jax.load` and recipes rea
 
     python -m vlm_jax.tools.export_run --workdir=runs/vqgan --to=my_tokenizer
     python -m vlm_jax.tools.export_run --workdir=runs/lvm --to=my_lvm
-    python -m vlm_jax.tools.export_run --workdir=runs/nxtp --to=my_nxtp --dtype=float32
+    python -m vlm_jax.tools.export_run --workdir=runs/nxtp --to=my_nxtp --dtype=float16
 
 What `model.save` writes: parameters, config.json, the tokenizer and a card; a tokenizer that comes
-with the package ("tiny") is named, not copied. Halving the precision moves a few ids of a tokenizer
-to a neighbouring code: tokenize with the exported weights, never with the run and its export side
-by side.
+with the package ("tiny") is named, not copied. The export answers as the run does. With a --dtype
+of half the precision it does not: a few ids of a tokenizer move to a neighbouring code; tokenize
+with the exported weights then, never with the run and its export side by side.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workdir", required=True, help="of the run")
     parser.add_argument("--to", required=True, help="folder to write")
-    parser.add_argument("--dtype", default="float16", choices=("float32", "bfloat16", "float16"))
+    help_ = "of the file; else the smallest that changes no value"
+    kinds = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", default="", choices=kinds, help=help_)
     text = "the moving average where the run kept one; --no-averaged takes the raw parameters"
     action = argparse.BooleanOptionalAction
     parser.add_argument("--averaged", action=action, default=True, help=text)
@@ -48,7 +50,7 @@ def export(
     workdir: str,
     folder: str,
     *,
-    dtype: str = "float16",
+    dtype: str = "",
     averaged: bool = True,
     tokenizer: str = "",
 ) -> dict[str, str]:
@@ -57,7 +59,7 @@ def export(
     Args:
       workdir: of the run.
       folder: new, empty, or of an earlier export.
-      dtype: of the file.
+      dtype: of the file; "" is the smallest that changes no value.
       averaged: take the moving average where the run kept one.
       tokenizer: in place of the one that the run names.
 
