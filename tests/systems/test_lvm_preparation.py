@@ -31,7 +31,9 @@ def test_kinds_are_what_the_folder_gives(tmp_path, capsys):
     assert every <= set(made(tmp_path / "run"))
     sentences = list(visual_sentences.read(tmp_path / "run/own/train_video.array_record"))
     assert [(len(x.tokens), x.num_images) for x in sentences] == [(256, 4)] * 4
-    assert "broken.png" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "broken.png" in err
+    assert "of kind pan (train)" in err and "of kind pan (heldout)" in err  # while it works
     # Nothing changed: nothing is made again. A file more: everything is.
     before = (tmp_path / "run/own/train_pan.array_record").stat().st_mtime_ns
     preparation.prepare(tmp_path / "run", path=str(folder), images=4, **FEW)

@@ -114,6 +114,7 @@ def _write(folder, load: Load, tokenizer, side, images, counts, kinds, seed) -> 
         rng = np.random.default_rng([seed, len(split)])
         album = load(split, encoder.side)
         for kind in _possible(album, kinds, images, split):
+            print(f"[lvm] making {count} sentences of kind {kind} ({split})", file=sys.stderr)
             if kind == "mask":
                 drawn = list(album.masks(count, images))
             else:
