@@ -79,20 +79,25 @@ def model_section(cls: type, presets: Mapping[str, Any], values: Mapping[str, An
     preset = fields.pop("preset", "")
     if preset and preset not in presets:
         raise ConfigError(f"model.preset={preset!r}{nearest(preset, presets)}")
-    _check_sizes(fields, "model")
+    _check_sizes(cls, fields, "model")
     base = dataclasses.asdict(presets[preset]) if preset else {}
     return section(cls, {**base, **fields}, "model")
 
 
-def _check_sizes(fields: Mapping[str, Any], name: str) -> None:
+def _check_sizes(cls: type, values: Mapping[str, Any], name: str) -> None:
     """Raises ConfigError for numbers and dtypes that no network has; types are checked later."""
-    for key, value in fields.items():
-        if isinstance(value, Mapping):
-            _check_sizes(value, f"{name}.{key}")
-        elif isinstance(value, (int, float)) and not 0 <= value < 2**31:
-            raise ConfigError(f"{name}.{key}={value!r} must be between 0 and {2**31 - 1}")
-        elif key.endswith("dtype") and isinstance(value, str) and value not in _DTYPES:
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key.endswith("dtype") and isinstance(value, str) and value not in _DTYPES:
             raise ConfigError(f"{name}.{key}={value!r}{nearest(value, _DTYPES)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        # 0 stands for "as others say" where it is the default, and is no size elsewhere.
+        least = int(isinstance(value, int) and defaults.get(key) != 0)
+        if isinstance(defaults.get(key), float):
+            least = 0
+        if not least <= value < 2**31:
+            raise ConfigError(f"{name}.{key}={value!r} must be between {least} and {2**31 - 1}")
 
 
 def call(function: Callable[..., Any], values: Mapping[str, Any] | None, name: str) -> Any:

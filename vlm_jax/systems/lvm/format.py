@@ -27,10 +27,13 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax import config as config_lib
 from vlm_jax.data import records
 
 # A literal id or those of a field, and the weight of all or of each.
 _Part = tuple[int | np.ndarray, float | np.ndarray]
+
+_MAX_ROW = 1 << 24  # tokens; a slip of the keyboard must not allocate terabytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,10 @@ class Formatter:
     def __post_init__(self):
         if self.max_tokens < 1:
             raise ValueError(f"formatter.max_tokens={self.max_tokens} must be positive")
+        ids = ("bos_id", "eos_id", "vocab_size")
+        config_lib.check_ranges(
+            self, max_tokens=(1, _MAX_ROW), **dict.fromkeys(ids, (0, 2**31 - 1))
+        )
         self._items  # noqa: B018 - a mistake in `fields` shows before any data are read
 
     def __call__(self, record: Mapping[str, Any], rng: Any = None) -> dict[str, np.ndarray]:
