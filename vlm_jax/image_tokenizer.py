@@ -74,7 +74,8 @@ class ImageTokenizer(saving.Model):
         tokens_per_image: int = 0,
         max_batch: int = 16,
     ) -> ImageTokenizer:
-        """The tokenizer called `name`: "tiny" (shipped) or a folder; see `weights.vqgan.load`.
+        """The tokenizer called `name`: "tiny" or "tiny32" (shipped) or a folder; see
+        `weights.vqgan.load`.
 
         Args:
           name: see above.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -109,9 +110,11 @@ def _pick(split, rng) -> tuple[str, np.ndarray]:
     return label, by_label[label][int(rng.integers(len(by_label[label])))]
 
 
-def texture(split: str, size: int, rng: np.random.Generator) -> np.ndarray:
+def texture(
+    split: str, size: int, rng: np.random.Generator, names: Sequence[str] = _TEXTURES
+) -> np.ndarray:
     """A ground: a random square of the split's half of a texture, uint8[size, size, 3]."""
-    name = _TEXTURES[int(rng.integers(len(_TEXTURES)))]
+    name = names[int(rng.integers(len(names)))]
     whole = _load_texture(name)
     middle = whole.shape[1] // 2
     half = whole[:, middle:] if split == "heldout" else whole[:, :middle]

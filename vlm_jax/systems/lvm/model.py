@@ -1,6 +1,6 @@
 """LVM in a notebook: images in, images out.
 
-    model = vlm_jax.load("lvm", "path/to/run", tokenizer="tiny")
+    model = vlm_jax.load("lvm", "path/to/run")       # or "tiny", which comes with the package
     model.continue_(frames, n=2)                     # uint8[1, 2, H, W, 3]
     model.analogy([(photo, mask), ...], query)       # uint8[1, 1, H, W, 3]
     model.perplexity(context, target)                # float64[1]
