@@ -309,3 +309,22 @@ def test_overrides_reach_into_sections_that_a_recipe_leaves_out(tmp_path):
     fields = {field.name: field for field in dataclasses.fields(run_lib.Recipe)}
     sections = {name for name in fields if name not in ("system", "model", "train", "data", "path")}
     assert set(recipes.OPTIONAL) == sections
+
+
+@pytest.mark.parametrize(
+    "recipe, override, word",
+    [
+        ("vqgan_f16.py:tiny", "task.l1_weight=-1.0", "task: l1_weight=-1.0 must be at least 0"),
+        ("vqgan_f16.py:tiny", "task.entropy_temperature=-1.0", "entropy_temperature=-1.0"),
+        ("vqgan_f16.py:tiny", "formatter.size=None", "formatter.size"),
+        ("vqgan_f16.py:tiny", "model.preset=3", "model.preset"),
+        ("nxtp_g3m.py:tiny", "task.loss_chunk=-1", "task: loss_chunk=-1 must be at least 0"),
+        ("nxtp_g3m.py:tiny", "model.decoder.depth=-1", "depth=-1 must be between 1"),
+    ],
+)
+def test_settings_of_other_systems(capsys, tmp_path, recipe, override, word):
+    sys.modules.pop("config_config", None)
+    path = pathlib.Path(RECIPE).parent / recipe
+    given = ["main", f"--config={path}", f"--workdir={tmp_path / 'run'}", f"--config.{override}"]
+    fails(capsys, given, word)
+    assert not (tmp_path / "run").exists()

@@ -77,6 +77,8 @@ def model_section(cls: type, presets: Mapping[str, Any], values: Mapping[str, An
     """
     fields = plain(values)
     preset = fields.pop("preset", "")
+    if not isinstance(preset, str):
+        raise ConfigError(_misfit(preset, str, "model.preset"))
     if preset and preset not in presets:
         raise ConfigError(f"model.preset={preset!r}{nearest(preset, presets)}")
     _check_sizes(cls, fields, "model")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -68,6 +69,7 @@ class NxtpTask:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"task.{name}={getattr(self, name)!r} is none of {known}")
+        config_lib.check_ranges(self, loss_chunk=(0, math.inf))
         num_ids = self.cfg.decoder.vocab_size - network_lib.NUM_ADDED
         if not 0 <= self.delimiter_id < num_ids:
             raise ValueError(

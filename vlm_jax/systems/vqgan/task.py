@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -98,8 +99,13 @@ class VqganTask:
     def __post_init__(self):
         if self.factor_on not in ("codebook", "commitment"):
             raise ValueError(f"task.factor_on={self.factor_on!r}: 'codebook' or 'commitment'")
-        if self.entropy_temperature <= 0:
+        if not self.entropy_temperature > 0:
             raise ValueError(f"task.entropy_temperature={self.entropy_temperature}: must be > 0")
+        weights = [field.name for field in dataclasses.fields(self) if "_weight" in field.name]
+        counts = ("gan_start", "revive_every", "revive_rows")
+        config_lib.check_ranges(
+            self, disc_groups=(1, 2**31), **dict.fromkeys((*weights, *counts), (0, math.inf))
+        )
         if self.gan_loss not in patch_discriminator.LOSSES:
             known = " or ".join(map(repr, patch_discriminator.LOSSES))
             raise ValueError(f"task.gan_loss={self.gan_loss!r}: {known}")
