@@ -279,7 +279,7 @@ def require_same_parameters(
     saver: checkpoints.Checkpointer,
     step: int,
     state: Mapping[str, Any],
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     """Raises CheckpointError unless all but the optimizer's part is as in `state` (shapes do).
 
@@ -294,6 +294,8 @@ def require_same_parameters(
     try:
         checkpoints.require_same(folder, saved, wanted)
     except checkpoints.CheckpointError as error:
+        if config is None:
+            raise
         keys = changes(described["meta"].get("config", {}), config)
         keys = {key: both for key, both in keys.items() if key.startswith(_MEANING)}
         lines = [f"In the recipe (there -> here): {line}" for line in show(keys)]
