@@ -62,11 +62,12 @@ def test_ids_that_are_no_whole_images_are_refused(tmp_path, kind, packing):
     assert "data.mixture.a" in str(caught.value) and "task.tokens_per_image" in str(caught.value)
 
 
-def test_a_few_broken_sentences_are_said(tmp_path, capsys):
-    check({"a": write(tmp_path / "a.jsonl", [48] * 200 + [47])})
-    said = capsys.readouterr().err
-    assert "1 of 201 sentences are not whole images of task.tokens_per_image=16 ids" in said
-    assert "a.jsonl:201 with 47 ids" in said
+@pytest.mark.parametrize(("whole", "broken"), [(200, 1), (4, 4)])
+def test_broken_sentences_among_whole_ones_are_said(tmp_path, capsys, whole, broken):
+    check({"a": write(tmp_path / "a.jsonl", [48] * whole + [47] * broken)})
+    said, total = capsys.readouterr().err, whole + broken
+    assert f"{broken} of {total} sentences are not whole images of task.tokens_per_image=16" in said
+    assert f"a.jsonl:{whole + 1} with 47 ids" in said
 
 
 def test_multiples_of_an_image_are_seen_by_the_number_of_images(tmp_path):
