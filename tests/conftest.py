@@ -8,8 +8,12 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    # Without the second flag the simulated devices start independent collectives of one program in
+    # different orders and, on two cores, wait for each other until XLA gives up.
     os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+        os.environ.get("XLA_FLAGS", "")
+        + " --xla_force_host_platform_device_count=8"
+        + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
     ).strip()
 if os.environ["JAX_PLATFORMS"] != "cpu":
     # The references are float32, where accelerators round the factors of float32 products.

@@ -19,6 +19,7 @@ from vlm_jax import config as config_lib
 from vlm_jax import main as main_lib
 from vlm_jax import optim, run, sharding
 from vlm_jax import task as task_lib
+from vlm_jax.models import llama
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.endswith("_own"))
@@ -173,7 +174,7 @@ print("compiled")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", sorted(name for name in PARAMETERS if name.startswith("lvm")))
+@pytest.mark.parametrize("preset", sorted(set(llama.PRESETS) & set(PARAMETERS)))
 def test_no_involuntary_rematerialization(preset):
     # Neither silenced nor read from the cache; tests/models/test_llama.py shows that a bad rule
     # is then heard.

@@ -81,7 +81,9 @@ def test_minilm_gives_the_published_vectors():
     first = [case["embedding_first8"] for case in golden["cases"]]
     np.testing.assert_allclose(vectors[:, :8], first, atol=2e-6)
     np.testing.assert_allclose(vectors @ vectors.T, golden["cosine"], atol=1e-5)
-    tokenize = text_embedder._tokenize(text_embedder.bert_weights.minilm_folder())
+    folder = text_embedder.bert_weights.minilm_folder()
+    cfg, _ = text_embedder.bert_weights.load(folder)
+    tokenize = text_embedder._tokenize(folder, cfg.vocab_size)
     ids = tokenize([case["text"] for case in golden["cases"]])
     assert ids == [case["input_ids"] for case in golden["cases"]]
 

@@ -150,7 +150,8 @@ class Run:
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
+            " --xla_cpu_enable_concurrency_optimized_scheduler=false",
             "PYTHONPATH": str(ROOT),
         }
         with open(self._log, "wb") as log:

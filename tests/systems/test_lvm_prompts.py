@@ -188,15 +188,15 @@ def test_perplexity_in_batches_equals_one_by_one(parts, golden, monkeypatch):
     one_by_one = [model.perplexity_ids([c], [t])[0] for c, t in zip(contexts, targets)]
     shapes = []
     score = model._score
-    model._generators["score"] = lambda params, ids, scored: (
-        shapes.append(ids.shape), score(params, ids, scored)
+    model._generators["score"] = lambda params, ids, *rest: (
+        shapes.append(ids.shape), score(params, ids, *rest)
     )[1]  # fmt: skip
     np.testing.assert_allclose(model.perplexity_ids(contexts, targets), one_by_one, rtol=1e-5)
-    assert sorted(shapes) == [(1, 256), (2, 192), (4, 128)]
+    assert sorted(shapes) == [(4, 128), (4, 256)]  # three images run in the room of four
     shapes.clear()
     monkeypatch.setattr(lvm.model, "MAX_SCORED", 300)  # two rows of 128 ids at once
     np.testing.assert_allclose(model.perplexity_ids(contexts, targets), one_by_one, rtol=1e-5)
-    assert sorted(shapes) == [(1, 192), (1, 192), (1, 256), (2, 128), (2, 128)]
+    assert sorted(shapes) == [(1, 256), (1, 256), (1, 256), (2, 128), (2, 128)]
     with pytest.raises(ValueError):
         model.perplexity_ids(contexts, targets[:-1])
 
