@@ -6,9 +6,9 @@ import re
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
-VERSION = re.search(
-    r'__version__ = "(.+)"', (HERE / "vlm_jax" / "__init__.py").read_text()
-).group(1)
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "vlm_jax" / "__init__.py").read_text()).group(
+    1
+)
 
 EXTRAS = {
     # Images, videos and TFDS data sets.

@@ -92,7 +92,7 @@ def train_lvm(args, recipes, tokenizer, work, out, report):
 
 def fit(config, workdir, seconds, probe, report, until=None):
     """Trains for `seconds`, or until so many have passed since the start; scores at the end."""
-    from vlm_jax import run
+    from vlm_jax.program import run
 
     name, evals, began = workdir.name, config.evals.to_dict(), time.monotonic()
     config.evals, config.train.save_every = {}, 0

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import machine
 import numpy as np
 
-from vlm_jax import hardware
 from vlm_jax.decoding import generate
+from vlm_jax.machines import hardware
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
 from vlm_jax.weights import llama as weights

@@ -22,7 +22,7 @@ import machine
 import numpy as np
 import optax
 
-from vlm_jax import hardware
+from vlm_jax.machines import hardware
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
 from vlm_jax.ops import attention, losses

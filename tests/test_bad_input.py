@@ -8,9 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from vlm_jax import image_tokenizer, main, predict, recipes
-from vlm_jax import run as run_lib
+from vlm_jax import main, predict
 from vlm_jax.datasets import visual_sentences
+from vlm_jax.encoders import image_tokenizer
+from vlm_jax.program import recipes
+from vlm_jax.program import run as run_lib
 from vlm_jax.systems.lvm import token_files
 
 RECIPE = str(pathlib.Path(__file__).parents[1] / "configs" / "lvm_3b.py")

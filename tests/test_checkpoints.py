@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from vlm_jax import checkpoints, commit_marker
+from vlm_jax import checkpoints
+from vlm_jax.checkpoints import commit_marker
 
 P = jax.sharding.PartitionSpec
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from vlm_jax import compilation_cache
+from vlm_jax.machines import compilation_cache
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import vlm_jax
-from vlm_jax import console
+from vlm_jax.machines import console
 
 ROOT = pathlib.Path(vlm_jax.__file__).parent
 

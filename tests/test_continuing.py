@@ -11,19 +11,10 @@ import pytest
 
 import vlm_jax
 from tests import tiny_system
-from vlm_jax import (
-    checkpoints,
-    commit_marker,
-    main,
-    metric_writer,
-    optim,
-    resume,
-    run,
-    scores,
-    train,
-    update,
-)
-from vlm_jax import config as config_lib
+from vlm_jax import checkpoints, main
+from vlm_jax.checkpoints import commit_marker
+from vlm_jax.program import config as config_lib
+from vlm_jax.program import metric_writer, optim, resume, run, scores, train, update
 
 # ---- what a change of the recipe means ----------------------------------------------------------
 

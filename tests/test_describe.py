@@ -5,14 +5,15 @@ import pathlib
 import pytest
 
 from tests import test_recipes, tiny_system
-from vlm_jax import config as config_lib
-from vlm_jax import describe, main
+from vlm_jax import main
+from vlm_jax.program import config as config_lib
+from vlm_jax.program import describe
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "config.md"
 
 
 def test_the_page_is_current():
-    assert PAGE.read_text() == describe.page(), "python -m vlm_jax.describe > docs/config.md"
+    assert PAGE.read_text() == describe.page(), f"{describe.__name__} makes {PAGE}"
 
 
 def test_every_key_is_explained():

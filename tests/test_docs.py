@@ -20,7 +20,7 @@ import pytest
 
 from tests.datasets import own_data
 from vlm_jax import main as main_lib
-from vlm_jax import run as run_lib
+from vlm_jax.program import run as run_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ["README.md", "docs/*.md", "launch/README.md", "vlm_jax/systems/*/README.md"]

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from vlm_jax import config as config_lib
-from vlm_jax import evaluate, sharding
+from vlm_jax.program import config as config_lib
+from vlm_jax.program import evaluate, sharding
 
 ROWS = [{"value": i, "id": f"r{i}"} for i in range(5)]
 

@@ -3,8 +3,8 @@
 import pytest
 
 from tests import tiny_system
-from vlm_jax import config as config_lib
-from vlm_jax import guards, run, train
+from vlm_jax.program import config as config_lib
+from vlm_jax.program import guards, run, train
 
 
 def trips_at(values, **fields):

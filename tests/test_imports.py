@@ -29,7 +29,7 @@ def test_a_network_loads_nothing_heavy():
 
 
 def test_the_training_path_loads_neither_tensorflow_nor_torch():
-    loaded = modules_after("import vlm_jax.run")
+    loaded = modules_after("import vlm_jax.program.run")
     assert not {"tensorflow", "torch", "transformers"} & loaded
 
 

@@ -37,7 +37,7 @@ def test_every_system_has_its_own_type(system, made):
 
 
 def test_the_types_exist():
-    from vlm_jax.image_tokenizer import ImageTokenizer
+    from vlm_jax.encoders.image_tokenizer import ImageTokenizer
     from vlm_jax.systems import lvm, nxtp
 
     assert all(hasattr(cls, "save") for cls in (ImageTokenizer, lvm.Lvm, nxtp.Nxtp))

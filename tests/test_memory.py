@@ -9,7 +9,8 @@ import pytest
 
 import vlm_jax
 from tests import tiny_system
-from vlm_jax import memory, optim, sharding, train, update
+from vlm_jax.machines import memory
+from vlm_jax.program import optim, sharding, train, update
 from vlm_jax.systems import lvm
 from vlm_jax.weights import convert, llama
 

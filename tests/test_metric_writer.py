@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax import config as config_lib
-from vlm_jax import curves, hardware, metric_writer, progress, provenance
 from vlm_jax.data import images
+from vlm_jax.machines import hardware
+from vlm_jax.program import config as config_lib
+from vlm_jax.program import curves, metric_writer, progress, provenance
 
 
 def _lines(workdir):

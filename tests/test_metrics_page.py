@@ -11,9 +11,7 @@ import pytest
 from tests import test_describe
 from tests.evaluators import fakes, test_few_shot_scores, test_label_match_evaluator
 from tests.evaluators import test_context_perplexity as context_rows
-from vlm_jax import config as config_lib
-from vlm_jax import evaluators, optim, train
-from vlm_jax import run as run_lib
+from vlm_jax import evaluators
 from vlm_jax import task as task_lib
 from vlm_jax.data import images
 from vlm_jax.evaluators import (
@@ -23,6 +21,9 @@ from vlm_jax.evaluators import (
     perplexity,
     reconstruction,
 )
+from vlm_jax.program import config as config_lib
+from vlm_jax.program import optim, train
+from vlm_jax.program import run as run_lib
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "metrics.md"
 embedder = test_label_match_evaluator.embedder  # a fixture

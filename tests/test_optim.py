@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax import optim, run, train
 from vlm_jax.nn import functional
+from vlm_jax.program import optim, run, train
 from vlm_jax.weights import llama as llama_weights
 
 

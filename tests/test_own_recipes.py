@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from vlm_jax import main as main_lib
-from vlm_jax import recipes
+from vlm_jax.program import recipes
 
 RECIPE = """
 from configs import lvm_3b

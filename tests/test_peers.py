@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from vlm_jax import distributed, peer_hub, peers, process_end, stop_signal
+from vlm_jax.machines import distributed, peer_hub, peers, process_end, stop_signal
 
 
 class Job:

@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from vlm_jax import image_tokenizer, loading, predict
+from vlm_jax import loading, predict
 from vlm_jax import task as task_lib
+from vlm_jax.encoders import image_tokenizer
 from vlm_jax.systems import lvm, nxtp
 from vlm_jax.systems.nxtp import model as nxtp_model
 

@@ -6,7 +6,8 @@ import jax
 import pytest
 import tiny_system
 
-from vlm_jax import config, hardware, requirements, workdir_lock
+from vlm_jax.machines import hardware
+from vlm_jax.program import config, requirements, workdir_lock
 
 
 @pytest.fixture(scope="module")

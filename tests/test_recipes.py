@@ -15,11 +15,11 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from vlm_jax import config as config_lib
 from vlm_jax import main as main_lib
-from vlm_jax import optim, run, sharding
 from vlm_jax import task as task_lib
 from vlm_jax.models import llama
+from vlm_jax.program import config as config_lib
+from vlm_jax.program import optim, run, sharding
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.endswith("_own"))
@@ -146,7 +146,7 @@ def test_a_recipe_refuses_another_argument(name, tmp_path):
 COMPILE = """
 import dataclasses, sys
 import jax, jax.numpy as jnp
-from vlm_jax import optim, run, sharding, train
+from vlm_jax.program import optim, run, sharding, train
 from vlm_jax.models import llama
 from vlm_jax.ops import partition
 from vlm_jax.systems import lvm

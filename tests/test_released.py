@@ -4,15 +4,15 @@ import pathlib
 
 import pytest
 
-from vlm_jax import released
 from vlm_jax.data import wheels
+from vlm_jax.saving import released
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_the_page_is_current():
     page = (ROOT / "docs" / "weights.md").read_text()
-    assert page == released.page(), "python -m vlm_jax.released > docs/weights.md"
+    assert page == released.page(), "python -m vlm_jax.saving.released > docs/weights.md"
 
 
 @pytest.mark.parametrize("release, count", [

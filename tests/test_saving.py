@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import vlm_jax
-from vlm_jax import checkpoints, saving, starting_point
+from vlm_jax import checkpoints, saving
 from vlm_jax.models import clip, llama
 from vlm_jax.nn import functional
+from vlm_jax.program import starting_point
 from vlm_jax.systems import lvm, nxtp
 from vlm_jax.systems.nxtp import network
 from vlm_jax.weights import errors, safetensors_file

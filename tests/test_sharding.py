@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from vlm_jax import sharding
-from vlm_jax.config import ConfigError
+from vlm_jax.program import sharding
+from vlm_jax.program.config import ConfigError
 
 
 def abstract(**shapes):

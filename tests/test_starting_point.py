@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax import checkpoints, starting_point
-from vlm_jax import config as config_lib
+from vlm_jax import checkpoints
+from vlm_jax.program import config as config_lib
+from vlm_jax.program import starting_point
 from vlm_jax.systems import lvm
 
 RANDOM = {"vision": {"w": jnp.zeros(2), "v": jnp.zeros(3)}, "decoder": {"w": jnp.zeros(4)}}

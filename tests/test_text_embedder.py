@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax import text_embedder
 from vlm_jax.data import records, wheels
+from vlm_jax.encoders import text_embedder
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "minilm_l6_v2.json"
 

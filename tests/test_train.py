@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax import optim, run, train
+from vlm_jax.program import optim, run, train
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The last lines of a run."""
 
-from vlm_jax import what_next
+from vlm_jax.program import what_next
 
 
 def test_lines(tmp_path):

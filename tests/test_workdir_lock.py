@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from vlm_jax import process_end, workdir_lock
+from vlm_jax.machines import process_end
+from vlm_jax.program import workdir_lock
 
 
 def owner(**changes):

@@ -13,13 +13,15 @@ from typing import Any, Literal
 import jax
 from etils import epath
 
-from vlm_jax import commit_marker, compilation_cache, hardware, memory, saving, step_folders
-from vlm_jax import config as config_lib
+from vlm_jax import saving
 from vlm_jax import task as task_lib
+from vlm_jax.checkpoints import commit_marker, step_folders
+from vlm_jax.machines import compilation_cache, hardware, memory
+from vlm_jax.program import config as config_lib
 from vlm_jax.weights import convert, readers, shipped
 
 if typing.TYPE_CHECKING:
-    from vlm_jax import image_tokenizer
+    from vlm_jax.encoders import image_tokenizer
     from vlm_jax.systems import lvm, nxtp
 
 

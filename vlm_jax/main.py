@@ -26,7 +26,8 @@ import sys
 import traceback
 import warnings
 
-from vlm_jax import console, process_end, recipes, recorded, requirements, stop_signal
+from vlm_jax.machines import console, process_end, stop_signal
+from vlm_jax.program import recipes, recorded, requirements
 
 
 def main(argv=None):
@@ -72,8 +73,8 @@ def _import_program():
     try:
         if problems := requirements.unmet():
             raise ImportError("; ".join(problems))
-        from vlm_jax import distributed
-        from vlm_jax import run as program
+        from vlm_jax.machines import distributed
+        from vlm_jax.program import run as program
     except (ImportError, AttributeError, TypeError, RuntimeError) as error:
         if os.environ.get("VLM_JAX_TRACE"):
             raise
@@ -129,8 +130,8 @@ def _parse(argv):
 
 
 def _describe(config):
-    from vlm_jax import config as config_lib
-    from vlm_jax import describe
+    from vlm_jax.program import config as config_lib
+    from vlm_jax.program import describe
 
     try:
         print(describe.text(config))

@@ -14,7 +14,7 @@ import ast
 import pathlib
 import sys
 
-from vlm_jax import console
+from vlm_jax.machines import console
 
 
 def main(argv=None):
@@ -37,7 +37,8 @@ def main(argv=None):
     commands = task_lib.resolve(f"vlm_jax.systems.{argv[0]}.command_line", "systems")
     args = make_parser(argv[0], commands).parse_args(argv[1:])
 
-    from vlm_jax import loading, run
+    from vlm_jax import loading
+    from vlm_jax.program import run
 
     try:
         status = commands.predict(args)

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
-from vlm_jax import config
+from vlm_jax.program import config
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, Any]

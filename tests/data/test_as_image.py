@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from vlm_jax import image_tokenizer
 from vlm_jax.data import image_files, images, records, web
+from vlm_jax.encoders import image_tokenizer
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8)
 GREY = RGB[..., :1]

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax import config as config_lib
-from vlm_jax import evaluate, sharding, text_embedder
 from vlm_jax.data import images
+from vlm_jax.encoders import text_embedder
 from vlm_jax.evaluators import label_match
+from vlm_jax.program import config as config_lib
+from vlm_jax.program import evaluate, sharding
 from vlm_jax.systems.nxtp import labels as labels_lib
 
 WORDS = {"dog": 0, "puppy": 30, "cat": 60, "car": 90, "sky": 90, "": 180}  # degrees

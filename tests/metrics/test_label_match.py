@@ -7,8 +7,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from vlm_jax import text_embedder
 from vlm_jax.data import wheels
+from vlm_jax.encoders import text_embedder
 from vlm_jax.metrics import label_match
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "nxtp"

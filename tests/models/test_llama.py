@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from vlm_jax import sharding
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
 from vlm_jax.ops import losses, partition
+from vlm_jax.program import sharding
 from vlm_jax.weights import llama as weights
 from vlm_jax.weights import readers
 
@@ -373,7 +373,7 @@ def test_meshes_agree_with_one_device(sizes):
 COMPILE = """
 import dataclasses, sys, jax, jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
-from vlm_jax import sharding
+from vlm_jax.program import sharding
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
 from vlm_jax.ops import losses, partition

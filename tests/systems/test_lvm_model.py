@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax import image_tokenizer
 from vlm_jax.data import images
 from vlm_jax.decoding import generate, sampling
+from vlm_jax.encoders import image_tokenizer
 from vlm_jax.models import llama
 from vlm_jax.systems import lvm
 from vlm_jax.weights import llama as llama_weights

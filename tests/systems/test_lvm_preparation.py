@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from tests.datasets import own_data
-from vlm_jax import config as config_lib
 from vlm_jax.data import records
 from vlm_jax.datasets import visual_sentences
+from vlm_jax.program import config as config_lib
 from vlm_jax.systems.lvm import preparation
 
 FEW = dict(sentences=4, heldout_sentences=2, image_side=32)

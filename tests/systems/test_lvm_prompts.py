@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 from tests.datasets import test_pascal5i as voc
-from vlm_jax import config as config_lib
-from vlm_jax import evaluate, image_tokenizer, predict, sharding
+from vlm_jax import predict
 from vlm_jax.data import images, records, sources
 from vlm_jax.decoding import sampling
+from vlm_jax.encoders import image_tokenizer
+from vlm_jax.program import config as config_lib
+from vlm_jax.program import evaluate, sharding
 from vlm_jax.systems import lvm
 from vlm_jax.systems.lvm import command_line, prompts
 from vlm_jax.systems.lvm import task as task_lib

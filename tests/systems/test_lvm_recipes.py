@@ -5,9 +5,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from vlm_jax import evaluate, run
 from vlm_jax import main as main_lib
 from vlm_jax.data import pipeline
+from vlm_jax.program import evaluate, run
 from vlm_jax.systems import lvm
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import vlm_jax
-from vlm_jax import config as config_lib
+from vlm_jax.program import config as config_lib
 from vlm_jax.systems import lvm
 from vlm_jax.weights import errors, export
 from vlm_jax.weights import llama as llama_weights

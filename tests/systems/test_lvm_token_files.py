@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from vlm_jax import config, image_tokenizer
 from vlm_jax.data import pipeline
 from vlm_jax.datasets import visual_sentences
+from vlm_jax.encoders import image_tokenizer
+from vlm_jax.program import config
 from vlm_jax.systems import lvm
 from vlm_jax.systems.lvm import format as lvm_format
 from vlm_jax.systems.lvm import token_files

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax import optim
 from vlm_jax.models import clip, llama
 from vlm_jax.nn import functional
 from vlm_jax.ops import losses, masks
+from vlm_jax.program import optim
 from vlm_jax.systems.nxtp import format as format_lib
 from vlm_jax.systems.nxtp import network, task, vocabulary
 from vlm_jax.weights import nxtp, readers

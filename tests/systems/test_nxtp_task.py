@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from vlm_jax import config as config_lib
-from vlm_jax import optim
 from vlm_jax.data import records, wheels
 from vlm_jax.models import llama as llama_model
 from vlm_jax.nn import functional
+from vlm_jax.program import config as config_lib
+from vlm_jax.program import optim
 from vlm_jax.systems import nxtp
 from vlm_jax.systems.nxtp import network, upstream, vocabulary
 from vlm_jax.weights import convert, errors, export, llama
@@ -200,7 +200,7 @@ def test_decoder_starts_from_a_language_model(tmp_path, task):
 
 def test_evaluations_of_the_recipes_are_ready(tmp_path):
     from configs import nxtp_g3m, nxtp_g70m, nxtp_in1k
-    from vlm_jax import evaluate, run
+    from vlm_jax.program import evaluate, run
 
     for module in (nxtp_g3m, nxtp_g70m, nxtp_in1k):
         recipe = run.read_recipe(module.get_config(), tmp_path)
@@ -219,7 +219,7 @@ COMPILE = """
 import pathlib
 import jax, jax.numpy as jnp
 from configs import nxtp_g3m
-from vlm_jax import optim, run, sharding, train
+from vlm_jax.program import optim, run, sharding, train
 from vlm_jax.ops import partition
 from vlm_jax.systems import nxtp
 

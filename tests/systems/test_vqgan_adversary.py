@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax import config as config_lib
-from vlm_jax import optim, run, train
 from vlm_jax.models import patch_discriminator
 from vlm_jax.nn import conv, functional
+from vlm_jax.program import config as config_lib
+from vlm_jax.program import optim, run, train
 from vlm_jax.systems import vqgan
 from vlm_jax.systems.vqgan import adversary
 
@@ -265,7 +265,7 @@ def test_every_parameter_has_a_sharding_rule():
     task = vqgan.make_task(
         SMALL, gan_weight=1.0, perceptual_weight=1.0, perceptual_stages=2, revive_every=5, **GAME
     )
-    from vlm_jax import sharding
+    from vlm_jax.program import sharding
 
     specs = sharding.match(task.sharding_rules, jax.eval_shape(task.init, jax.random.key(0)))
     assert specs["discriminator/conv/1/kernel"][-1] == "fsdp"
@@ -310,7 +310,8 @@ def test_a_fresh_run_starts_from_pretrained_parts_and_a_tokenizer(tmp_path):
     from safetensors.numpy import save_file
 
     from tests.weights import test_lpips_weights as files
-    from vlm_jax import checkpoints, starting_point
+    from vlm_jax import checkpoints
+    from vlm_jax.program import starting_point
 
     tensors, heads = files.torchvision_tensors(stages=2), files.head_tensors()
     save_file(tensors, tmp_path / "vgg.safetensors")

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from vlm_jax import image_tokenizer, predict
+from vlm_jax import predict
 from vlm_jax.data import images
+from vlm_jax.encoders import image_tokenizer
 
 
 @pytest.fixture

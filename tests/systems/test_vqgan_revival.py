@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.systems import test_vqgan_adversary as shared
-from vlm_jax import config as config_lib
+from vlm_jax.program import config as config_lib
 from vlm_jax.systems import vqgan
 from vlm_jax.systems.vqgan import revival
 

@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from vlm_jax import config as config_lib
-from vlm_jax import image_tokenizer
 from vlm_jax.data import images, records
+from vlm_jax.encoders import image_tokenizer
 from vlm_jax.evaluators import reconstruction
 from vlm_jax.metrics import image_quality
 from vlm_jax.models import vqgan as network
+from vlm_jax.program import config as config_lib
 from vlm_jax.systems import vqgan
 from vlm_jax.weights import export
 

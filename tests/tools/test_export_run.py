@@ -58,7 +58,7 @@ def test_a_language_model_to_take_away(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shipped.importlib.resources, "files", lambda package: tmp_path)
     monkeypatch.setattr(
-        "vlm_jax.image_tokenizer.ImageTokenizer.load", lambda *_, **__: model.tokenizer
+        "vlm_jax.encoders.image_tokenizer.ImageTokenizer.load", lambda *_, **__: model.tokenizer
     )
     again = vlm_jax.load("lvm", "small")
     prompt = [np.arange(8, dtype=np.int32).reshape(2, 4)]

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax import image_tokenizer
 from vlm_jax.data import images, sources, video
 from vlm_jax.datasets import visual_sentences
+from vlm_jax.encoders import image_tokenizer
 from vlm_jax.systems.lvm import format as lvm_format
 from vlm_jax.tools import token_preview, tokenize_images
 

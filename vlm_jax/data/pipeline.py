@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax import config as config_lib
 from vlm_jax.data import bad_records, packing, records, sources
 from vlm_jax.data import rows as rows_lib
+from vlm_jax.program import config as config_lib
 
 MAX_BATCH_SIZE = 1 << 24  # rows; more is a slip of the keyboard
 

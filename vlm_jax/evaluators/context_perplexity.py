@@ -12,8 +12,8 @@ import json
 
 import numpy as np
 
-from vlm_jax import curves
 from vlm_jax.data import records
+from vlm_jax.program import curves
 
 
 @dataclasses.dataclass

@@ -36,10 +36,10 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax import config as config_lib
-from vlm_jax import text_embedder
 from vlm_jax.data import images, label_sheet, pipeline, records
+from vlm_jax.encoders import text_embedder
 from vlm_jax.metrics import label_match, published_labels
+from vlm_jax.program import config as config_lib
 
 _SIDE = 16  # of the small photos that are compared
 _NAMES = {"": "this run", "frequent": "most frequent labels", "nearest": "nearest neighbours"}

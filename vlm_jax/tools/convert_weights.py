@@ -31,7 +31,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlm_jax import console
+from vlm_jax.machines import console
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _FORMATS = {
@@ -148,7 +148,7 @@ def _run(args: argparse.Namespace) -> None:
 def _of_run(args: argparse.Namespace, path: pathlib.Path) -> Weights:
     """The parameters of a run, or of one of its steps, as it was trained."""
     from vlm_jax import checkpoints
-    from vlm_jax import config as config_lib
+    from vlm_jax.program import config as config_lib
 
     try:
         step = checkpoints.find(path)

@@ -16,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vlm_jax import console
+from vlm_jax.machines import console
 
 
 def main(argv: Sequence[str] | None = None) -> int:

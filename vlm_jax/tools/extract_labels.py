@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from vlm_jax import console
+from vlm_jax.machines import console
 from vlm_jax.tools import caption_files
 
 _SETTINGS = "extraction.json"

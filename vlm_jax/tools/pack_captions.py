@@ -35,9 +35,9 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax import console
 from vlm_jax.data import images, records, sidecar
 from vlm_jax.datasets import own_files, own_pictures
+from vlm_jax.machines import console
 
 _KEPT = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}  # packed as they are
 _QUALITY = 95  # of photos that are made smaller

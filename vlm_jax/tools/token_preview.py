@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlm_jax import image_tokenizer
 from vlm_jax.data import images, records, sources
+from vlm_jax.encoders import image_tokenizer
 from vlm_jax.systems.lvm import format as lvm_format
 
 _COLUMNS = 16  # images in a line; longer sentences go on below

@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax import image_tokenizer
 from vlm_jax.data import pictures, records
 from vlm_jax.datasets import visual_sentences
+from vlm_jax.encoders import image_tokenizer
 from vlm_jax.systems.lvm import plans, token_files
 
 SUFFIXES = {"array_record": ".array_record", "jsonl": ".jsonl"}

@@ -23,8 +23,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from vlm_jax import console
 from vlm_jax.data import inputs
+from vlm_jax.machines import console
 
 processes = inputs.processes
 
@@ -126,8 +126,8 @@ def _tokenize(args: argparse.Namespace) -> list[str]:
         raise OSError(f"{folder}: cannot be written to")
 
     # Host work before this line, so that a mistake shows before weights are read.
-    from vlm_jax import image_tokenizer
     from vlm_jax.data import pictures
+    from vlm_jax.encoders import image_tokenizer
     from vlm_jax.systems.lvm import token_files
     from vlm_jax.tools import token_shards
 
@@ -174,7 +174,7 @@ def _tokens(args: argparse.Namespace) -> list[str]:
 
 
 def _preview(args: argparse.Namespace, paths: Sequence[str]) -> None:
-    from vlm_jax import image_tokenizer
+    from vlm_jax.encoders import image_tokenizer
     from vlm_jax.tools import token_preview
 
     tokenizer = image_tokenizer.ImageTokenizer.load(

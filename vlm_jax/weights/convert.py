@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from vlm_jax import memory
+from vlm_jax.machines import memory
 from vlm_jax.nn import functional
 from vlm_jax.weights import errors
 

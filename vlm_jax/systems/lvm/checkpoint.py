@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 
-from vlm_jax import image_tokenizer, memory, saving
+from vlm_jax import saving
+from vlm_jax.encoders import image_tokenizer
+from vlm_jax.machines import memory
 from vlm_jax.models import llama
 from vlm_jax.systems.lvm import model
 

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax import image_tokenizer
 from vlm_jax.datasets import composed_scenes
+from vlm_jax.encoders import image_tokenizer
 from vlm_jax.models import vqgan
 
 

@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax import config as config_lib
 from vlm_jax.data import records
+from vlm_jax.program import config as config_lib
 
 # A literal id or those of a field, and the weight of all or of each.
 _Part = tuple[int | np.ndarray, float | np.ndarray]

@@ -6,7 +6,7 @@ import functools
 import pathlib
 from typing import Any
 
-from vlm_jax import config
+from vlm_jax.program import config
 from vlm_jax.systems.lvm import composed, preparation
 
 

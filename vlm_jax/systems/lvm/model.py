@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax import image_tokenizer, saving
+from vlm_jax import saving
 from vlm_jax.data import images, streaming
 from vlm_jax.decoding import generate, sampling
+from vlm_jax.encoders import image_tokenizer
 from vlm_jax.models import llama
 from vlm_jax.ops import buckets, losses
 

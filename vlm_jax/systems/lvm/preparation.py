@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax import config, image_tokenizer
 from vlm_jax.data import records, sidecar
 from vlm_jax.datasets import own_files, visual_sentences
+from vlm_jax.encoders import image_tokenizer
+from vlm_jax.program import config
 from vlm_jax.systems.lvm import albums, token_files
 
 _DEFAULT_KINDS = ("video", "pan", "colour", "group")

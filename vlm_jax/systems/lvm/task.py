@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax import config as config_lib
-from vlm_jax import image_tokenizer
 from vlm_jax.decoding import generate, sampling
+from vlm_jax.encoders import image_tokenizer
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
 from vlm_jax.ops import losses
+from vlm_jax.program import config as config_lib
 from vlm_jax.systems.lvm import prompts, token_files
 
 _NOT_NEGATIVE = (

@@ -19,10 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlm_jax import config as config_lib
 from vlm_jax.data import pipeline, records, rows, shard_files, sources
 from vlm_jax.models import vqgan
 from vlm_jax.nn import functional
+from vlm_jax.program import config as config_lib
 
 MANIFEST = "manifest.json"
 _TYPES = ("array_record", "jsonl")

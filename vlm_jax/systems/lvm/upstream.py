@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax import config as config_lib
 from vlm_jax.models import llama
+from vlm_jax.program import config as config_lib
 from vlm_jax.systems.lvm.task import LvmTask
 
 

@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax import memory, saving
+from vlm_jax import saving
 from vlm_jax.data import images as images_lib
 from vlm_jax.data import streaming
 from vlm_jax.decoding import label_lists, one_shot
+from vlm_jax.machines import memory
 from vlm_jax.models import clip, llama
 from vlm_jax.ops import buckets
 from vlm_jax.systems.nxtp import format as format_lib

@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax import config as config_lib
 from vlm_jax.decoding import label_lists, one_shot
 from vlm_jax.models import clip, llama
 from vlm_jax.nn import functional
 from vlm_jax.ops import losses, masks
+from vlm_jax.program import config as config_lib
 from vlm_jax.systems.nxtp import labels as labels_lib
 from vlm_jax.systems.nxtp import network as network_lib
 from vlm_jax.systems.nxtp import vocabulary

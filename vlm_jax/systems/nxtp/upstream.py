@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_jax import config as config_lib
 from vlm_jax import saving
+from vlm_jax.program import config as config_lib
 from vlm_jax.systems.nxtp import vocabulary
 from vlm_jax.systems.nxtp.task import NxtpTask
 

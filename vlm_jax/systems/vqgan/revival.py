@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from vlm_jax import config as config_lib
+from vlm_jax.program import config as config_lib
 
 CODEBOOK = "quantize/embedding"
 USAGE = "codebook_usage"

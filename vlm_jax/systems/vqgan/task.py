@@ -32,9 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from vlm_jax import config as config_lib
 from vlm_jax.models import patch_discriminator, vgg, vqgan
 from vlm_jax.nn import functional
+from vlm_jax.program import config as config_lib
 from vlm_jax.systems.vqgan import adversary, revival
 from vlm_jax.weights import lpips
 

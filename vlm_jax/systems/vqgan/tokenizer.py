@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_jax import image_tokenizer
+from vlm_jax.encoders import image_tokenizer
 from vlm_jax.models import vqgan
 from vlm_jax.systems.vqgan.task import VqganTask
 from vlm_jax.weights import errors, readers, shipped

@@ -1,0 +1,1 @@
+"""Networks with their data side: pictures to ids and back, texts to vectors."""

@@ -1,0 +1,1 @@
+"""The machines a run is on: chips, memory, processes, signals, the console."""
