@@ -65,7 +65,7 @@ def test_where_the_shipped_ones_are(where, tmp_path, monkeypatch):
     package = tmp_path / "vlm_jax"
     folder = (package if where == "wheel" else tmp_path) / "configs"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(recipes, "__file__", str(package / "recipes.py"))
+    monkeypatch.setattr(recipes, "__file__", str(package / "program" / "recipes.py"))
     assert recipes.shipped() == folder
 
 
