@@ -2,7 +2,6 @@ r"""NXTP on G3M (CC3M, SBU, COCO captions), from CLIP ViT-L/14 and LLaMA 7B (arX
 
     python -m vlm_jax.main --config=configs/nxtp_g3m.py --workdir=$RUN \
         --config.formatter.tokenizer=$LLAMA/tokenizer.model \
-        --config.task.tokenizer=$LLAMA/tokenizer.model \
         --config.init.upstream="clip=$CLIP/ViT-L-14.pt,llama=$LLAMA" \
         --config.data.mixture.cc3m.path=$DATA --config.data.mixture.sbu.path=$DATA \
         --config.data.mixture.coco.path=$DATA
@@ -54,7 +53,7 @@ def full(corpora, steps, batch_size=512):
     )
     c.task = dict(
         mask="labels", positions="absolute", loss_chunk=64, k=10, max_tokens=19,
-        delimiter_id=29892, tokenizer="",
+        delimiter_id=29892,
     )  # fmt: skip
     c.formatter = dict(
         tokenizer="", image_size=224, max_tokens=256, prompts="ten", shuffle=True,
@@ -92,7 +91,7 @@ def tiny():
         vision=dict(preset="vgg16", image_size=64),
         decoder=dict(preset="smollm2", depth=3, max_tokens=64),
     )
-    c.task = dict(k=10, max_tokens=8, delimiter_id=28, tokenizer="smollm2")
+    c.task = dict(k=10, max_tokens=8, delimiter_id=28)
     c.formatter = dict(
         tokenizer="smollm2", image_size=64, max_tokens=24, prompts="first", last_label="closed"
     )

@@ -2,7 +2,6 @@ r"""NXTP on ImageNet-1k: the synonyms of a picture's class as its labels.
 
     python -m vlm_jax.main --config=configs/nxtp_in1k.py --workdir=$RUN \
         --config.formatter.tokenizer=$LLAMA/tokenizer.model \
-        --config.task.tokenizer=$LLAMA/tokenizer.model \
         --config.init.upstream="clip=$CLIP/ViT-L-14.pt,llama=$LLAMA" \
         --config.data.mixture.in1k.path=train.txt --config.data.mixture.in1k.root=$IMAGENET \
         --config.evals.in1k.data.mixture.valid.path=val.txt

@@ -28,7 +28,6 @@ def get_config(arg=""):
     c = released() if arg else nxtp_g3m.tiny()
     c.path = ""
     c.formatter.tagger = "textblob"
-    c.task.tokenizer = c.formatter.get_ref("tokenizer")
     photos = lambda split: dict(  # noqa: E731
         max_bad_fraction=0.1,
         mixture=dict(own=dict(

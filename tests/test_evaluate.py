@@ -1,9 +1,12 @@
 """What the runner of evaluations promises to evaluators and tasks."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
+from vlm_jax import answer
 from vlm_jax.program import config as config_lib
 from vlm_jax.program import evaluate, sharding
 
@@ -15,27 +18,35 @@ class Formatter:
         self._scale = scale
 
     def __call__(self, record, rng):
-        return {"x": np.float32(self._scale * record["value"])}
+        host = answer.Host(truth=answer.Answer(text=str(record["value"])))
+        return {"x": np.float32(self._scale * record["value"]), "host": host}
+
+    def collate(self, arrays, hosts, *, truth):
+        """The host adds 100 to the numbers of every batch."""
+        hosts = [dataclasses.replace(host, caption=f"truth={truth}") for host in hosts]
+        return {**arrays, "x": arrays["x"] + 100}, hosts
+
+    def read(self, outputs, hosts):
+        return [answer.Answer(text=f"{y:g}") for y in outputs["y"]]
 
 
 class Task:
-    """Doubles numbers; the host adds 100 first."""
+    """Doubles numbers."""
 
-    predict = {
-        "double": lambda params, batch, rng: {
-            "y": 2 * batch["x"] + params["b"],
+    @staticmethod
+    def double(params, batch, rng, *, times=2):
+        return {
+            "y": times * batch["x"] + params["b"],
             "noise": jax.random.normal(rng, batch["x"].shape),
         }
-    }
+
+    predict = {"double": double}
 
     def prompt_formatter(self, formatter, *, scale):
         assert isinstance(formatter, Formatter)
         if scale < 0:
             raise ValueError(f"scale={scale} is negative")
         return Formatter(scale)
-
-    def encode_batch(self, batch):
-        return {**batch, "x": batch["x"] + 100, "host": {"seen": batch["x"]}}
 
 
 class Evaluator:
@@ -45,9 +56,9 @@ class Evaluator:
     needs = ("y",)
     seen: list = []
 
-    def run(self, *, task, predict, batches, read, out_dir):
-        for batch in batches:
-            self.seen.append((batch, predict(batch), predict(batch)))
+    def run(self, data):
+        for batch in data.batches:
+            self.seen.append((batch, data.predict(batch), data.predict(batch)))
         return {"count": len(self.seen)}
 
 
@@ -65,21 +76,57 @@ def run(evaluation, tmp_path, task):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=1, tensor=4))
     params = {"b": np.float32(1)}
     shardings = {"b": sharding.replicated(mesh)}
-    batch = evaluate.first_batch(evaluation, Formatter(), 0, task)
-    evaluate.check(evaluation, task, params, batch)
+    evaluate.check(evaluation, task, Formatter(), params)
     results = evaluate.Runner(task, Formatter(), mesh, shardings, 0)(evaluation, params, tmp_path)
     assert results == {"eval/own/count": 3.0}
     return evaluation.evaluator.seen
 
 
-def test_batches_are_encoded_once_before_evaluators_and_predictors(tmp_path):
+def test_batches_are_collated_once_before_evaluators_and_predictors(tmp_path):
     seen = run(make(), tmp_path, Task())
-    values = [batch["x"].tolist() for batch, _, _ in seen]
+    values = [batch.arrays["x"].tolist() for batch, _, _ in seen]
     assert values == [[100, 101], [102, 103], [104, 100]]
     np.testing.assert_array_equal(seen[0][1]["y"], [201, 203])
-    np.testing.assert_array_equal(seen[1][0]["host"]["seen"], [2, 3])  # not sent to the device
-    np.testing.assert_array_equal(seen[2][0]["valid"], [True, False])
-    assert seen[0][0]["record_ids"] == [["r0"], ["r1"]]
+    np.testing.assert_array_equal(seen[2][0].valid, [True, False])
+    assert [host.id for host in seen[0][0].hosts] == ["r0", "r1"]
+    assert [host.truth.text for host in seen[1][0].hosts] == ["2", "3"]  # not sent to the device
+    assert seen[0][0].hosts[0].caption == "truth=False"
+    assert [batch.rows.tolist() for batch, _, _ in seen] == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_answers_and_their_truth(tmp_path):
+    class Compares(Evaluator):
+        compares = True
+
+        def run(self, data):
+            said = [(a.text, h.truth.text, h.caption) for batch in data.batches
+                    for a, h in zip(data.answers(batch), batch.hosts)]  # fmt: skip
+            self.seen.append(said)
+            return {"count": 3}
+
+    evaluation = make()
+    evaluation.evaluator = Compares()
+    evaluation.evaluator.seen = []
+    (said,) = run(evaluation, tmp_path, Task())
+    assert said[:2] == [("201", "0", "truth=True"), ("203", "1", "truth=True")]
+
+
+def test_options_go_to_the_predictor(tmp_path):
+    seen = run(make(options=dict(times=3)), tmp_path, Task())
+    np.testing.assert_array_equal(seen[0][1]["y"], [301, 304])
+
+
+def test_options_that_cannot_be():
+    def fails(match, **options):
+        with pytest.raises(config_lib.ConfigError, match=match):
+            evaluate.check(make(options=options), Task(), Formatter(), {"b": np.float32(1)})
+
+    fails(r"evals.own.options.tims: predict\['double'\] takes no such thing.*'times'", tims=3)
+    fails(r"evals.own.options.times=\[3\] is no number", times=[3])
+    evaluation = make(options=dict(times=3))
+    evaluation.evaluator.options = {"times": 4}
+    with pytest.raises(config_lib.ConfigError, match="options.times follows from"):
+        evaluate.check(evaluation, Task(), Formatter(), {"b": np.float32(1)})
 
 
 def test_every_prediction_has_its_own_noise_and_a_second_pass_the_same(tmp_path):
@@ -91,36 +138,27 @@ def test_every_prediction_has_its_own_noise_and_a_second_pass_the_same(tmp_path)
 
 def test_a_formatter_of_its_own(tmp_path):
     seen = run(make(formatter=dict(scale=10)), tmp_path, Task())
-    assert seen[1][0]["x"].tolist() == [120, 130]
+    assert seen[1][0].arrays["x"].tolist() == [120, 130]
 
 
 def test_formatters_that_cannot_be(tmp_path):
     def fails(match, task, **fields):
         with pytest.raises(config_lib.ConfigError, match=match):
-            evaluate.first_batch(make(formatter=fields), Formatter(), 0, task)
+            evaluate.check(make(formatter=fields), task, Formatter(), {"b": np.float32(1)})
 
     fails("evals.own.formatter: object makes no prompts", object(), scale=1)
     fails("unknown key evals.own.formatter.scal; did you mean 'scale'", Task(), scal=1)
     fails("evals.own.formatter: scale=-1 is negative", Task(), scale=-1)
 
 
-def test_members_of_the_task_that_an_evaluator_calls():
-    evaluation = make()
-    evaluation.evaluator.task_needs = ("encode_batch", "decode_batch")
-    batch = evaluate.first_batch(evaluation, Formatter(), 0, Task())
-    with pytest.raises(config_lib.ConfigError, match="'decode_batch', and Task has none"):
-        evaluate.check(evaluation, Task(), {"b": np.float32(1)}, batch)
-
-
 def test_an_evaluator_may_look_at_the_first_batch():
     def refuse(batch):
-        raise ValueError(f"{batch['x'].tolist()} is too much")
+        raise ValueError(f"{batch.arrays['x'].tolist()} is too much")
 
     evaluation = make()
-    evaluation.evaluator.check_batch = refuse
-    batch = evaluate.first_batch(evaluation, Formatter(), 0, Task())
+    evaluation.evaluator.check = refuse
     with pytest.raises(config_lib.ConfigError, match=r"evals.own: \[100.0, 101.0\] is too much"):
-        evaluate.check(evaluation, Task(), {"b": np.float32(1)}, batch)
+        evaluate.check(evaluation, Task(), Formatter(), {"b": np.float32(1)})
 
 
 def test_an_empty_path_makes_an_evaluation_inactive(capsys):
@@ -162,7 +200,7 @@ def test_what_is_no_evaluation():
 
 def test_an_evaluator_that_ends_the_program_has_failed(tmp_path):
     class Ends(Evaluator):
-        def run(self, **_):
+        def run(self, data):
             raise SystemExit(0)
 
     evaluation = make()

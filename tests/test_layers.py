@@ -7,9 +7,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / "vlm_jax"
 
-# What each part may import of vlm_jax besides itself. `program.config` and `task` are contracts
-# without dependencies, `machines.hardware` is a table; everybody may read them.
-CONTRACTS = {"program.config", "task", "machines.hardware"}
+# What each part may import of vlm_jax besides itself. `program.config`, `answer` and `task` are
+# contracts without dependencies, `machines.hardware` is a table; everybody may read them.
+CONTRACTS = {"program.config", "answer", "task", "machines.hardware"}
 # A network with its data side, and models as folders to take away, for the systems above them.
 SHARED = {"encoders", "machines.memory", "saving"}
 ALLOWED = {
@@ -25,12 +25,13 @@ ALLOWED = {
     "encoders": {"data", "models", "nn", "ops", "saving", "weights"},
     "systems": SHARED
     | {"models", "nn", "ops", "decoding", "weights", "data", "datasets", "metrics"},
-    "evaluators": SHARED | {"metrics", "data", "models", "weights", "program.curves"},
+    "evaluators": SHARED
+    | {"metrics", "data", "models", "weights", "program.curves", "program.passes"},
 }
 PROGRAM = {"main", "program", "machines", "checkpoints"}
 PROGRAM_NEVER = {"models", "systems", "datasets", "decoding"}
 # The front doors that users call may reach everything.
-DOORS = {"loading", "predict", "task", "tools"}
+DOORS = {"loading", "predict", "task", "answer", "tools"}
 
 
 def imports_of(path):

@@ -46,13 +46,14 @@ def check(heading, keys):
 
 
 def of_perplexity():
-    batch = {**context_rows.rows([1, 2, 3]), "weights": np.ones((1, 8))}
+    batch = context_rows.rows([1, 2, 3])
+    batch.arrays["weights"] = np.ones((1, 8))
     evaluator = perplexity.Evaluator(num_ids=9, baseline={"mixture": {}})
-    predict = lambda batch: {"logp": np.zeros(batch["targets"].shape)}  # noqa: E731
-    return evaluator.run(
-        task=None, predict=predict, batches=iter([batch]), read=lambda _: iter([batch]),
-        out_dir=None,
-    )  # fmt: skip
+
+    def predict(batch):
+        return {"logp": np.zeros(batch.arrays["targets"].shape)}
+
+    return fakes.run(evaluator, [batch], predict=predict, other=[batch])
 
 
 def of_context_perplexity():
@@ -69,7 +70,7 @@ def of_few_shot(monkeypatch):
         key: 0
         for kind in few_shot.KINDS
         for key in fakes.run(
-            few_shot.Evaluator(kind=kind, lpips=True), [batch], task=of.task(of.TRUE),
+            few_shot.Evaluator(kind=kind, lpips=True), [batch], reader=of.reader(of.TRUE),
             predict=of.predict([0]),
         )
     }  # fmt: skip
@@ -78,17 +79,16 @@ def of_few_shot(monkeypatch):
 def of_generation():
     picture_u8 = fakes.gray([1, 2])
     batch = fakes.prompt_batch([[picture_u8]], [picture_u8])
-    task = fakes.Task([images.to01(picture_u8)])
+    reader = fakes.Reader([images.to01(picture_u8)])
     predict = lambda batch: {"ids": np.zeros((1, 1), int)}  # noqa: E731
-    return fakes.run(generation.Evaluator(candidates=1), [batch], task=task, predict=predict)
+    return fakes.run(generation.Evaluator(candidates=1), [batch], reader=reader, predict=predict)
 
 
 def of_label_match():
     of = test_label_match_evaluator
-    train_batch = of.batch_of(0, 1)
+    train_batch = of.photos(0, 1)
     evaluator = of.evaluator(baseline={"mixture": {"m": {"type": "memory"}}})
-    task = of.Task(of.ANSWERS, of.REFERENCES)
-    return of.run(evaluator, task, [of.batch_of(0)], train=[train_batch])
+    return of.run(evaluator, of.ANSWERS, [of.photos(0)], train=[train_batch])
 
 
 def of_reconstruction(monkeypatch):
@@ -101,7 +101,7 @@ def of_reconstruction(monkeypatch):
     outputs = {"image01": image01, "recon01": image01, "ids": np.zeros((4, 16), int)}
     return fakes.run(
         reconstruction.Evaluator(codes=4, ssim=True, lpips=True, frechet=True),
-        [{"valid": np.ones(4, bool)}],
+        [fakes.batch_of({"image01": image01})],
         predict=lambda batch: outputs,
     )
 
@@ -114,7 +114,7 @@ def test_every_score_is_explained(monkeypatch):
         "generation": of_generation(),
         "label_match": of_label_match(),
         "reconstruction": of_reconstruction(monkeypatch),
-        "image_grid": {"token_match": 0},  # of LvmTask.pictures
+        "image_grid": {"token_match": 0},  # of LvmTask
     }
     assert set(scores) == {module.name for module in pkgutil.iter_modules(evaluators.__path__)}
     for name, found in scores.items():
@@ -162,4 +162,4 @@ def test_every_metric_of_training_is_explained(name, tmp_path):
 def _example(system, recipe):
     formatter = config_lib.call(system.make_formatter, recipe.formatter, "formatter")
     row = formatter({"image_u8": np.zeros((64, 64, 3), np.uint8), "labels": ["cat"]})
-    return {key: np.stack([x, x]) for key, x in row.items()}
+    return {key: np.stack([x, x]) for key, x in row.items() if key != "host"}

@@ -1,5 +1,7 @@
 """Two real processes joined by jax.distributed do what one process does."""
 
+import collections
+import json
 import re
 import signal
 
@@ -45,6 +47,24 @@ def test_two_processes_give_the_metrics_of_one(numbers, alone, tmp_path):
     said = _train_pair(tmp_path, numbers, _steps(30))
     assert said.count("over 2 cpu") == 1 and "2 processes" in said
     _assert_close(tiny_system.metrics(tmp_path), alone)
+
+
+def test_two_processes_evaluate_as_one_and_read_every_record_once(numbers, tmp_path):
+    tiny_system.train(tmp_path, numbers, _steps(5))
+    (tmp_path / "log").mkdir()
+    evaluate = ("--mode=evaluate", "--config.evals.held_out.batch_size=4", _steps(5))
+    tiny_system.train(tmp_path, numbers, *evaluate)
+    _train_pair(tmp_path, numbers, *evaluate, f"--config.formatter.log={tmp_path / 'log'}")
+    lines = (tmp_path / "evaluation.jsonl").read_text().splitlines()
+    one, two = map(json.loads, lines[-2:])
+    scores = [key for key in one if key.startswith("eval/held_out/")]
+    assert scores and [two[key] for key in scores] == pytest.approx([one[key] for key in scores])
+    assert two["eval/held_out/rows"] == 64
+    logs = [path.read_text().splitlines() for path in (tmp_path / "log").iterdir()]
+    assert len(logs) == 2 and len(logs[0]) == len(logs[1])
+    # Both look at the first batch of four before they begin; every other record has one reader.
+    reads = sorted(collections.Counter(line for log in logs for line in log).values())
+    assert reads[:60] == [1] * 60 and len(reads) == 64
 
 
 def test_one_process_two_and_one_again(numbers, alone, tmp_path):

@@ -88,13 +88,20 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Formatter:
-    """A window at a random place of the line; `sleep_s` makes a run last long enough to kill."""
+    """A window at a random place of the line; `sleep_s` makes a run last long enough to kill.
+
+    `log`: folder in which every process notes the first numbers of the lines that it reads.
+    """
 
     sleep_s: float
+    log: str = ""
 
     def __call__(self, record, rng):
         time.sleep(self.sleep_s)
         line = np.asarray(record["tokens"], np.int32)
+        if self.log:
+            with open(pathlib.Path(self.log) / f"{os.getpid()}.txt", "a") as file:
+                file.write(f"{line[:3].tolist()}\n")
         start = int(rng.integers(len(line) - LENGTH))
         return {
             "tokens": line[start : start + LENGTH],

@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
+from vlm_jax import answer
 from vlm_jax.program import config
 
 Params = Mapping[str, Any]
@@ -40,8 +41,9 @@ class Task(Protocol):
     # Ordered (regex on the parameter's path, PartitionSpec); every parameter must match one.
     sharding_rules: Sequence[tuple[str, Any]]
 
-    # Named jittable predictors. Evaluators ask for one by name; all arrays have a batch axis.
-    predict: Mapping[str, Callable[[Params, Batch, Key], Mapping[str, Array]]]
+    # Named jittable predictors (params, batch, rng, *, options). Evaluators ask for one by name;
+    # all arrays have a batch axis. Options are fixed when it is compiled: `evals.X.options`.
+    predict: Mapping[str, Callable[..., Mapping[str, Array]]]
 
     def init(self, rng: Key) -> Params:
         """Random parameters. Traced by `eval_shape`; must not touch the disk."""
@@ -90,21 +92,34 @@ class OptionalTask(Protocol):
     def prompt_formatter(self, formatter: Formatter, **fields: Any) -> Formatter:
         """Of evaluations that set `evals.X.formatter=fields`; `formatter` is that of the run."""
 
-    def encode_batch(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A host batch of an evaluation as the predictors want it, for example pictures as ids."""
-
-    def decode_batch(self, outputs: Mapping[str, Any]) -> Any:
-        """float32[B, n, S, S, 3] in [0, 1]: the images of a predictor's outputs (host side)."""
-
-    def pictures(self, outputs: Mapping[str, Any]) -> list[Any]:
-        """Rows of labelled images for a predictor's outputs (host side)."""
+    def row_reader(self, formatter: Formatter) -> Reader:
+        """Of the other evaluations, where the formatter of the run does not read outputs itself."""
 
 
 class Formatter(Protocol):
     """Record -> example of fixed shapes -> batch; see the table on top of `format.py`."""
 
     def __call__(self, record: Mapping[str, Any], rng: Any) -> dict[str, Any]:
-        """One record as numpy arrays whose shapes never depend on the record."""
+        """One record as numpy arrays whose shapes never depend on the record.
+
+        "host", an `answer.Host`, stays on the host: the truth, and what people are shown. Only
+        evaluations keep it.
+        """
+
+
+class Reader(Protocol):
+    """The host's side of an evaluation: a formatter, or what `Task.row_reader` gives."""
+
+    def read(self, outputs: Mapping[str, Any], hosts: list[answer.Host]) -> list[answer.Answer]:
+        """What a predictor's outputs say, a row each."""
+
+    def collate(
+        self, arrays: Mapping[str, Any], hosts: list[answer.Host], *, truth: bool
+    ) -> tuple[Mapping[str, Any], list[answer.Host]]:
+        """Optional: a whole batch as the predictors want it, for example pictures as ids.
+
+        `truth`: answers will be compared, so hosts must have theirs.
+        """
 
 
 def resolve(name: str, kind: str, members: Sequence[str] = ()) -> ModuleType:

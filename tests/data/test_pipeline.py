@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests import fuzz
+from vlm_jax import answer
 from vlm_jax.data import packing as packing_lib
 from vlm_jax.data import pipeline, records, sources
 from vlm_jax.data import rows as rows_lib
@@ -197,20 +198,50 @@ def test_one_pass_reads_everything_once(mixture):
     config = pipeline.DataConfig(mixture=mixture)
     batches = list(pipeline.one_pass(config, Numbers(), batch_size=BATCH))
     assert len(batches) == 4
-    valid = np.concatenate([batch["valid"] for batch in batches])
-    numbers = np.concatenate([batch["n"] for batch in batches])
+    valid = np.concatenate([batch.arrays["valid"] for batch in batches])
+    numbers = np.concatenate([batch.arrays["n"] for batch in batches])
     assert numbers.tolist() == [*range(23), *range(100, 109)] and valid.all()
     padded = list(pipeline.one_pass(config, Numbers(), batch_size=20))
-    assert padded[1]["valid"].tolist() == [True] * 12 + [False] * 8
-    assert padded[1]["weight"].sum() == 12 and padded[1]["n"].shape == (20,)
+    assert padded[1].arrays["valid"].tolist() == [True] * 12 + [False] * 8
+    assert padded[1].arrays["weight"].sum() == 12 and padded[1].arrays["n"].shape == (20,)
     assert len(list(pipeline.one_pass(config, Numbers(), batch_size=BATCH, max_batches=2))) == 2
+
+
+class Showing(Numbers):
+    def __call__(self, record, rng):
+        host = answer.Host(truth=answer.Answer(text=str(record["n"])))
+        return {**super().__call__(record, rng), "host": host}
+
+
+def test_hosts_stay_beside_the_arrays_of_a_pass_and_training_drops_them(mixture):
+    config = pipeline.DataConfig(mixture=mixture, num_threads=2)
+    batches = list(pipeline.one_pass(config, Showing(), batch_size=20))
+    assert [host.truth.text for host in batches[0].hosts] == [str(n) for n in range(20)]
+    assert [[host.id] for host in batches[0].hosts] == batches[0].record_ids
+    assert [host.id for host in batches[1].hosts[12:]] == [""] * 8  # rows that fill the batch
+    assert "host" not in batches[0].arrays
+    with pipeline.make_batches(config, Showing(), batch_size=4, seed=0) as endless:
+        batch = next(endless)
+        assert batch.hosts == [] and "host" not in batch.arrays
+
+
+def test_rows_of_a_process_in_one_pass(mixture):
+    config = pipeline.DataConfig(mixture=mixture)
+    whole = list(pipeline.one_pass(config, Showing(), batch_size=10))
+    parts = [list(pipeline.one_pass(config, Showing(), batch_size=10, rows=rows))
+             for rows in (np.arange(4), np.arange(4, 10))]  # fmt: skip
+    assert len(whole) == len(parts[0]) == len(parts[1])
+    for one, first, second in zip(whole, *parts):
+        both = np.concatenate([first.arrays["n"], second.arrays["n"]])
+        np.testing.assert_array_equal(one.arrays["n"], both)
+        assert [h.id for h in one.hosts] == [h.id for h in (*first.hosts, *second.hosts)]
 
 
 def test_one_pass_of_packed_rows(mixture):
     for packing in ("stream", "documents"):
         config = pipeline.DataConfig(mixture=mixture, packing=packing)
         batches = list(pipeline.one_pass(config, TOKENS, batch_size=3))
-        predictions = sum(batch["weights"].sum() for batch in batches)
+        predictions = sum(batch.arrays["weights"].sum() for batch in batches)
         sizes = [
             len(TOKENS.encode(json.loads(line))[0])
             for entry in mixture.values()
@@ -313,9 +344,9 @@ def test_odd_records_count_as_bad_ones(tmp_path, kind, packing):
         mixture=mixture, packing=packing, shuffle=False, max_bad_fraction=0.2
     )
     batches = list(pipeline.one_pass(config, TOKENS, batch_size=7))
-    weight = sum(batch["weights"].sum() for batch in batches)
+    weight = sum(batch.arrays["weights"].sum() for batch in batches)
     assert weight == {"none": 160, "documents": 160, "stream": 199}[packing]
-    assert max(batch["targets"].max() for batch in batches) == 51  # EOS
+    assert max(batch.arrays["targets"].max() for batch in batches) == 51  # EOS
     strict = pipeline.DataConfig(mixture=mixture, packing=packing, max_bad_fraction=0.1)
     with pytest.raises(records.DataError, match="records cannot be used"):
         list(pipeline.one_pass(strict, TOKENS, batch_size=7))
@@ -500,7 +531,8 @@ def test_damaged_token_files_give_an_error_or_right_rows(tmp_path, kind):
         data = pipeline.DataConfig(mixture={"a": {"type": kind, "path": str(path)}}, **config)
         try:
             for batch in pipeline.one_pass(data, TOKENS, batch_size=3):
-                assert batch["tokens"].dtype == np.int32 and batch["tokens"].shape == (3, 32)
-                assert (batch["tokens"] >= 0).all() and (batch["tokens"] < 64).all()
+                tokens = batch.arrays["tokens"]
+                assert tokens.dtype == np.int32 and tokens.shape == (3, 32)
+                assert (tokens >= 0).all() and (tokens < 64).all()
         except records.DataError:
             pass

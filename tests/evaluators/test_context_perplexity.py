@@ -16,8 +16,7 @@ def rows(*sentences, length=8, valid=None):
         batch["tokens"][row, :size], batch["targets"][row, :size] = ids[:-1], ids[1:]
         batch["segments"][row, :size] = 1
         batch["positions"][row, :size] = np.arange(size)
-    batch["valid"] = np.ones(len(sentences), bool) if valid is None else np.array(valid)
-    return batch
+    return fakes.batch_of(batch, valid=valid)
 
 
 class Predict:
@@ -27,8 +26,8 @@ class Predict:
         self.seen = []
 
     def __call__(self, batch):
-        self.seen.append(batch)
-        count_bt = np.cumsum(batch["segments"] > 0, axis=1)
+        self.seen.append(batch.arrays)
+        count_bt = np.cumsum(batch.arrays["segments"] > 0, axis=1)
         return {"logp": -count_bt.astype(np.float32)}
 
 

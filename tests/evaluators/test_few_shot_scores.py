@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -6,6 +7,7 @@ from PIL import Image
 
 from tests.evaluators import fakes
 from tests.evaluators.fakes import gray
+from vlm_jax import answer
 from vlm_jax.data import images
 from vlm_jax.evaluators import few_shot
 
@@ -20,8 +22,8 @@ def predict(ids):
     return lambda batch: {"ids": np.array(ids)[:, None]}
 
 
-def task(*pictures_u8):
-    return fakes.Task([images.to01(picture) for picture in pictures_u8])
+def reader(*pictures_u8):
+    return fakes.Reader([images.to01(picture) for picture in pictures_u8])
 
 
 def test_segmentation_by_hand(tmp_path):
@@ -31,7 +33,7 @@ def test_segmentation_by_hand(tmp_path):
     scores = fakes.run(
         few_shot.Evaluator(kind="segmentation"),
         [batch],
-        task=task(TRUE, TRUE, MADE, TRUE),
+        reader=reader(TRUE, TRUE, MADE, TRUE),
         predict=predict([2, 3]),
         out_dir=tmp_path,
     )
@@ -54,7 +56,7 @@ def test_means_over_classes_and_over_images_differ():
     scores = fakes.run(
         few_shot.Evaluator(kind="segmentation"),
         [batch],
-        task=task(TRUE, TRUE, TRUE, PHOTO),
+        reader=reader(TRUE, TRUE, TRUE, PHOTO),
         predict=predict([0, 3, 0]),
     )
     assert scores["iou"] == pytest.approx(2 / 3)
@@ -67,7 +69,7 @@ def test_detection_scores_boxes():
     scores = fakes.run(
         few_shot.Evaluator(kind="detection"),
         [batch],
-        task=task(TRUE, gray([W, 0, 0], [0, 0, W])),
+        reader=reader(TRUE, gray([W, 0, 0], [0, 0, W])),
         predict=predict([1]),
     )
     assert scores["iou"] == pytest.approx(1 / 5)
@@ -82,7 +84,7 @@ def test_colorization_by_hand():
     scores = fakes.run(
         few_shot.Evaluator(kind="colorization"),
         [batch],
-        task=task(true, gray([0, 102])),
+        reader=reader(true, gray([0, 102])),
         predict=predict([1]),
     )
     assert scores["mse"] == pytest.approx(0.4**2 / 2)
@@ -101,7 +103,7 @@ def test_lpips_of_equal_images_and_of_others(monkeypatch):
     scores = fakes.run(
         few_shot.Evaluator(kind="colorization", lpips=True),
         [fakes.prompt_batch([[grey, true, grey]], [true])],
-        task=task(true),
+        reader=reader(true),
         predict=predict([0]),
     )
     assert (scores["lpips"], scores["copy_input_lpips"]) == (0, 1)
@@ -120,11 +122,11 @@ def test_the_colour_rule():
 def test_rows_that_fill_the_batch_do_not_count():
     batch = fakes.prompt_batch([[PHOTO, MASK1, PHOTO]] * 2, [TRUE] * 2, valid=[False, True])
     evaluator = few_shot.Evaluator(kind="segmentation")
-    scores = fakes.run(evaluator, [batch], task=task(TRUE, TRUE, MADE), predict=predict([2, 0]))
+    scores = fakes.run(evaluator, [batch], reader=reader(TRUE, TRUE, MADE), predict=predict([2, 0]))
     assert (scores["iou"], scores["images"]) == (1, 1)
-    batch["valid"][:] = False
+    batch.valid[:] = False
     with pytest.raises(ValueError, match="no usable prompt"):
-        fakes.run(evaluator, [batch], task=task(TRUE, TRUE, MADE), predict=predict([2, 0]))
+        fakes.run(evaluator, [batch], reader=reader(TRUE, TRUE, MADE), predict=predict([2, 0]))
 
 
 def test_bad_input():
@@ -135,12 +137,15 @@ def test_bad_input():
     evaluator = few_shot.Evaluator(kind="segmentation")
     batch = fakes.prompt_batch([[PHOTO, MASK1, PHOTO, MASK1]], [TRUE])
     with pytest.raises(ValueError, match="2 . shots . 1"):
-        evaluator.check_batch(batch)
+        evaluator.check(batch)
     with pytest.raises(ValueError, match="2 . shots . 1"):
-        fakes.run(evaluator, [batch], task=task(TRUE), predict=predict([0]))
+        fakes.run(evaluator, [batch], reader=reader(TRUE), predict=predict([0]))
     batch = fakes.prompt_batch([[PHOTO, MASK1, PHOTO]], [TRUE])
-    batch["pictures"]["num_target"][:] = 0
+    batch.hosts[0] = dataclasses.replace(batch.hosts[0], truth=answer.Answer())
     with pytest.raises(ValueError, match="no true answer"):
-        fakes.run(evaluator, [batch], task=task(TRUE), predict=predict([0]))
+        fakes.run(evaluator, [batch], reader=reader(TRUE), predict=predict([0]))
     with pytest.raises(ValueError, match="formatter"):
-        fakes.run(evaluator, [{"valid": np.ones(1, bool)}], task=task(TRUE), predict=predict([0]))
+        fakes.run(
+            evaluator, [fakes.batch_of({"x": np.ones(1)})], reader=reader(TRUE),
+            predict=predict([0]),
+        )  # fmt: skip

@@ -1,9 +1,12 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.evaluators import fakes
 from tests.evaluators.fakes import gray
+from vlm_jax import answer
 from vlm_jax.data import images, records
 from vlm_jax.evaluators import generation
 
@@ -16,10 +19,10 @@ class Predict:
 
     def __call__(self, batch):
         self.calls += 1
-        return {"ids": np.full((len(batch["valid"]), 1), self.calls)}
+        return {"ids": np.full((len(batch.valid), 1), self.calls)}
 
 
-TASK = fakes.Task([images.to01(gray([v, v], [v, v])) for v in (0, 51, 102)])
+READER = fakes.Reader([images.to01(gray([v, v], [v, v])) for v in (0, 51, 102)])
 
 
 def batch(**fields):
@@ -31,7 +34,7 @@ def batch(**fields):
 def test_tiles_names_and_errors(tmp_path):
     predict = Predict()
     evaluator = generation.Evaluator(candidates=2, show_inputs=True)
-    scores = fakes.run(evaluator, [batch()], task=TASK, predict=predict, out_dir=tmp_path)
+    scores = fakes.run(evaluator, [batch()], reader=READER, predict=predict, out_dir=tmp_path)
     assert predict.calls == 2  # one per candidate, not one per prompt
     sheet = np.array(Image.open(tmp_path / "a.png"))[..., 0]
     one, two = [7, 7, 51, 51], [7, 7, 102, 102]
@@ -45,15 +48,15 @@ def test_tiles_names_and_errors(tmp_path):
 @pytest.mark.parametrize("spec, size", [("", (2, 2)), ("original", (6, 4)), ("5,3", (5, 3))])
 def test_sizes(tmp_path, spec, size):
     evaluator = generation.Evaluator(candidates=1, resize_output=spec)
-    fakes.run(evaluator, [batch()], task=TASK, predict=Predict(), out_dir=tmp_path)
+    fakes.run(evaluator, [batch()], reader=READER, predict=Predict(), out_dir=tmp_path)
     assert Image.open(tmp_path / "a.png").size == size
 
 
 def test_without_targets_there_is_no_error_and_filling_rows_are_not_written(tmp_path):
     made = batch(valid=[True, False])
-    made["pictures"]["num_target"][:] = 0
+    made.hosts = [dataclasses.replace(host, truth=answer.Answer()) for host in made.hosts]
     evaluator = generation.Evaluator(candidates=1)
-    scores = fakes.run(evaluator, [made], task=TASK, predict=Predict(), out_dir=tmp_path)
+    scores = fakes.run(evaluator, [made], reader=READER, predict=Predict(), out_dir=tmp_path)
     assert scores == {"pictures": 1.0}
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
@@ -64,6 +67,17 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="WIDTH,HEIGHT"):
         generation.Evaluator(resize_output="big")
     made = batch()
-    made["record_ids"] = [["../x.png"], ["y.png"]]
+    made.hosts[0] = dataclasses.replace(made.hosts[0], output="../x.png")
     with pytest.raises(records.DataError, match="leaves"):
-        fakes.run(generation.Evaluator(), [made], task=TASK, predict=Predict(), out_dir=tmp_path)
+        fakes.run(
+            generation.Evaluator(), [made], reader=READER, predict=Predict(), out_dir=tmp_path
+        )
+
+
+def test_records_that_name_no_output_are_counted(tmp_path):
+    made = batch()
+    made.hosts = [dataclasses.replace(host, output="", id="../etc/x") for host in made.hosts]
+    made.rows = made.rows + 40
+    evaluator = generation.Evaluator(candidates=1)
+    fakes.run(evaluator, [made], reader=READER, predict=Predict(), out_dir=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000040.png", "000041.png"]

@@ -7,47 +7,46 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.evaluators import fakes
+from vlm_jax import answer
 from vlm_jax.data import images
 from vlm_jax.encoders import text_embedder
 from vlm_jax.evaluators import label_match
 from vlm_jax.program import config as config_lib
 from vlm_jax.program import evaluate, sharding
-from vlm_jax.systems.nxtp import labels as labels_lib
 
 WORDS = {"dog": 0, "puppy": 30, "cat": 60, "car": 90, "sky": 90, "": 180}  # degrees
 COS30 = np.cos(np.pi / 6)
 
 
-class Task:
-    """Outputs hold the rows of `answers`, a list of (label, score) in the order of first tokens."""
+class Reader:
+    """Outputs hold per row the places in `answers`, a list of (label, score) per image.
 
-    def __init__(self, answers, references):
-        self._answers, self._references = answers, references
+    Places are in the order of first tokens; answers are ranked by score.
+    """
 
-    def labels(self, outputs, batch, *, k=None):
-        rows = []
-        for i in outputs["rows"]:
-            if k > len(self._answers[i]):
-                raise ValueError(f"k={k} of {len(self._answers[i])}")
-            first = sorted(self._answers[i][:k], key=lambda pair: -pair[1])
-            rows.append(tuple(map(list, zip(*first, strict=True))))
-        return rows
+    def __init__(self, answers):
+        self._answers = answers
 
-    def references(self, batch):
-        return [self._references[i] for i in batch["rows"]]
-
-    def photos(self, batch):
-        return batch["photos_u8"]
+    def read(self, outputs, batch):
+        return [
+            answer.Answer(
+                labels=sorted((self._answers[i][j] for i, j in row), key=lambda pair: -pair[1])
+            )
+            for row in outputs["places"].tolist()
+        ]
 
 
-def batch_of(*rows, valid=None):
-    greys = np.array([10 * row for row in rows], np.uint8)
-    return {
-        "rows": np.array(rows),
-        "photos_u8": np.broadcast_to(greys[:, None, None, None], (len(rows), 20, 20, 3)),
-        "valid": np.ones(len(rows), bool) if valid is None else np.array(valid),
-        "record_ids": [[f"photo{row}"] for row in rows],
-    }
+def batch_of(*rows, references, valid=None):
+    hosts = [
+        answer.Host(
+            truth=answer.Answer(labels=tuple((label, 1.0) for label in references[row])),
+            id=f"photo{row}",
+            images=(np.full((20, 20, 3), 10 * row, np.uint8),),
+        )
+        for row in rows
+    ]
+    return fakes.batch_of({"rows": np.array(rows)}, hosts, valid=valid)
 
 
 @pytest.fixture(autouse=True)
@@ -59,13 +58,14 @@ def embedder(monkeypatch):
     monkeypatch.setattr(text_embedder, "load", lambda name: embed)
 
 
-def run(evaluator, task, batches, out_dir=None, train=()):
-    return evaluator.run(
-        task=task,
-        predict=lambda batch: {"rows": batch["rows"]},
-        batches=iter(batches),
-        read=lambda fields: iter(train),
-        out_dir=out_dir,
+def run(evaluator, answers, batches, out_dir=None, train=()):
+    k = evaluator.options["k"]
+
+    def predict(batch):
+        return {"places": np.array([[(i, j) for j in range(k)] for i in batch.arrays["rows"]])}
+
+    return fakes.run(
+        evaluator, batches, reader=Reader(answers), predict=predict, out_dir=out_dir, other=train
     )
 
 
@@ -74,13 +74,18 @@ ANSWERS = [[("car", 0.2), ("dog", 0.5)], [("sky", 0.9), ("cat", 0.1)], [("dog", 
 REFERENCES = [["puppy"], ["sky"], []]
 
 
+def photos(*rows, **fields):
+    return batch_of(*rows, references=REFERENCES, **fields)
+
+
 def evaluator(**fields):
     return label_match.Evaluator(k=2, ks=(1,), photos=2, **fields)
 
 
 def test_numbers_by_hand():
-    batches = [batch_of(0, 1), batch_of(2, 2, valid=[True, False])]
-    results = run(evaluator(), Task(ANSWERS, REFERENCES), batches)
+    batches = [photos(0, 1), photos(2, 2, valid=[True, False])]
+    batches[1].rows += 2
+    results = run(evaluator(), ANSWERS, batches)
     # recall: cos 30 (puppy, dog), 1 (sky), -cos 90... the empty reference against dog, car: 0.
     assert results["recall"] == pytest.approx((COS30 + 1 + 0) / 3)
     # precision: (car-puppy cos 60 + dog-puppy cos 30) / 2; (1 + cos 30) / 2; (-1 + 0) / 2
@@ -90,7 +95,7 @@ def test_numbers_by_hand():
 
 
 def test_fewer_labels_are_the_first_ones(tmp_path):
-    run(evaluator(), Task(ANSWERS, REFERENCES), [batch_of(0)], tmp_path)
+    run(evaluator(), ANSWERS, [photos(0)], tmp_path)
     curves = json.loads((tmp_path / "curves.json").read_text())
     points = curves["k"][""]
     assert [point["k"] for point in points] == [1, 2]
@@ -103,7 +108,7 @@ def test_fewer_labels_are_the_first_ones(tmp_path):
 
 
 def test_files(tmp_path, capsys):
-    run(evaluator(published="coco"), Task(ANSWERS, REFERENCES), [batch_of(0, 1)], tmp_path)
+    run(evaluator(published="coco"), ANSWERS, [photos(0, 1)], tmp_path)
     lines = [json.loads(x) for x in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == ["photo0", "photo1"]
     assert lines[0]["labels"] == [["dog", 0.5], ["car", 0.2]]
@@ -119,7 +124,7 @@ def test_labels_are_first_embedded_all_at_once(monkeypatch):
     calls = []
     embed = text_embedder.load("minilm")
     monkeypatch.setattr(text_embedder, "load", lambda name: lambda w: calls.append(w) or embed(w))
-    run(evaluator(), Task(ANSWERS, REFERENCES), [batch_of(0), batch_of(1)])
+    run(evaluator(), ANSWERS, [photos(0), photos(1)])
     assert set(calls[0]) == {"", "puppy", "dog", "car", "sky", "cat"}
     assert all(set(call) <= set(calls[0]) for call in calls)
 
@@ -145,11 +150,14 @@ def test_baselines():
     # Training photos: 3 is grey 30 with "dog", 4 is grey 40 with "car" and "sky", 5 with "car".
     references = [["sky"], [], [], ["dog"], ["car", "sky"], ["car"]]
     answers = [[("dog", 0.5), ("car", 0.4)]] * 6
-    train = [batch_of(3, 4), batch_of(5, 3, valid=[True, False])]
+    train = [
+        batch_of(3, 4, references=references),
+        batch_of(5, 3, references=references, valid=[True, False]),
+    ]
     results = run(
         evaluator(baseline={"mixture": {"m": {"type": "memory"}}}),
-        Task(answers, references),
-        [batch_of(0)],
+        answers,
+        [batch_of(0, references=references)],
         train=train,
     )
     # frequent: car (2), then dog before sky as it came first; sky at 90 degrees is car's direction
@@ -174,24 +182,26 @@ def test_bad_fields():
     with pytest.raises(ValueError, match="no published scores of 'lvis'; known: cc3m"):
         label_match.Evaluator(published="lvis")
     with pytest.raises(ValueError, match="no readable record"):
-        run(evaluator(), Task(ANSWERS, REFERENCES), [batch_of(0, valid=[False])])
-    with pytest.raises(ValueError, match="k=3 of 2"):
-        run(label_match.Evaluator(k=3), Task(ANSWERS, REFERENCES), [batch_of(0)])
+        run(evaluator(), ANSWERS, [photos(0, valid=[False])])
 
 
-def test_a_task_without_labels_is_refused_before_training():
-    evals = {"x": dict(type="label_match", data=dict(mixture=dict(a=dict(type="memory"))))}
-    (evaluation,) = evaluate.make(evals)
-    with pytest.raises(config_lib.ConfigError, match="needs a task with 'labels'"):
-        evaluate.check(evaluation, object(), {}, {})
+class NoReader:
+    """A formatter that reads nothing."""
+
+    def __call__(self, record, rng):
+        return {"x": np.float32(0)}
 
 
-def test_more_labels_than_the_task_gives_are_refused_before_training():
-    task = Task(ANSWERS, REFERENCES)
-    task.k = 5
-    label_match.Evaluator(k=5, ks=()).prepare(task)
-    with pytest.raises(config_lib.ConfigError, match="asks for 10 labels .* but task.k=5"):
-        label_match.Evaluator(k=5).prepare(task)
+def test_a_formatter_that_reads_no_answers_is_refused_before_training():
+    data = dict(mixture=dict(a=dict(type="memory", records=[{}])))
+    (evaluation,) = evaluate.make({"x": dict(type="label_match", data=data)})
+    with pytest.raises(config_lib.ConfigError, match="compares answers, and NoReader reads none"):
+        evaluate.check(evaluation, object(), NoReader(), {})
+
+
+def test_the_predictor_is_asked_for_as_many_labels_as_are_scored():
+    assert label_match.Evaluator(k=5, ks=(1, 3)).options == {"k": 5}
+    assert label_match.Evaluator(k=5).options == {"k": 10}
 
 
 def test_baseline_fields_are_checked_early():
@@ -200,30 +210,27 @@ def test_baseline_fields_are_checked_early():
 
 
 class Formatter:
+    words = ("dog", "cat", "car")
+
     def __call__(self, record, rng):
         photo_u8 = np.full((20, 20, 3), record["grey"], np.uint8)
-        return {"photos_u8": photo_u8, "labels_u8": labels_lib.to_bytes(record["labels"], 32)}
+        truth = answer.Answer(labels=tuple((label, 1.0) for label in record["labels"]))
+        return {"photos_u8": photo_u8, "host": answer.Host(truth=truth, images=(photo_u8,))}
+
+    def read(self, outputs, hosts):
+        return [
+            answer.Answer(labels=[(self.words[i], 0.5) for i in row]) for row in outputs["word"]
+        ]
 
 
-class JaxTask(Task):
+class JaxTask:
     """Branch j of an image says the j-th word, by its brightness."""
 
-    k = 2
-    predict = {
-        "one_shot": lambda params, batch, rng: {
-            "word": (batch["photos_u8"][:, 0, 0, :1] // 100 + jnp.arange(2)) % 3
-        }
-    }
+    @staticmethod
+    def one_shot(params, batch, rng, *, k):
+        return {"word": (batch["photos_u8"][:, 0, 0, :1] // 100 + jnp.arange(k)) % 3}
 
-    def __init__(self):
-        pass
-
-    def labels(self, outputs, batch, *, k=None):
-        words = ("dog", "cat", "car")
-        return [([words[i] for i in row[:k]], [0.5] * k) for row in outputs["word"]]
-
-    def references(self, batch):
-        return [labels_lib.from_bytes(row) for row in batch["labels_u8"]]
+    predict = {"one_shot": one_shot}
 
 
 def test_through_the_runner(tmp_path):
@@ -234,8 +241,7 @@ def test_through_the_runner(tmp_path):
     (evaluation,) = evaluate.make({"labels": entry})
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=1, tensor=4))
     task, params = JaxTask(), {}
-    batch = evaluate.first_batch(evaluation, Formatter(), 0, task)
-    evaluate.check(evaluation, task, params, batch)
+    evaluate.check(evaluation, task, Formatter(), params)
     runner = evaluate.Runner(task, Formatter(), mesh, {}, 0)
     results = runner(evaluation, params, tmp_path)
     # dog cat | cat car | car dog, against dog | car | dog cat (cat at 60 degrees)

@@ -11,7 +11,7 @@ def scores_of(image01, num_ids):
     outputs = {
         "image01": image01, "recon01": image01, "ids": np.zeros((len(image01), num_ids), int),
     }  # fmt: skip
-    batch = {"valid": np.ones(len(image01), bool)}
+    batch = fakes.batch_of({"image01": image01})
     return fakes.run(reconstruction.Evaluator(codes=2), [batch], predict=lambda batch: outputs)
 
 

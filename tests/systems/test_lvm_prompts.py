@@ -58,8 +58,7 @@ def evaluated(parts, task, tmp_path):
                                        fields="<|bos|>,{tokens}", vocab_size=66)  # fmt: skip
         mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=1, tensor=4))
         params = parts[1]
-        batch = evaluate.first_batch(evaluation, formatter, 0, task)
-        evaluate.check(evaluation, task, params, batch)
+        evaluate.check(evaluation, task, formatter, params)
         everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), params)
         runner = evaluate.Runner(task, formatter, mesh, everywhere, 0)
         scalars = runner(evaluation, params, tmp_path)
@@ -83,7 +82,13 @@ def test_the_table_of_encode():
         formatter({"prompt_ids": [[4, 4]], "target_ids": [[5, 5]], "label": 7, "fold": 1}),
         formatter({"prompt_ids": [[6, 6]]}),
     ]
-    batch = prompts.encode({key: np.stack([r[key] for r in rows]) for key in rows[0]}, None, 2)
+    hosts = [row.pop("host") for row in rows]
+    assert [host.tags for host in hosts] == [
+        {"label": -1, "fold": -1}, {"label": 7, "fold": 1}, {"label": -1, "fold": -1}
+    ]  # fmt: skip
+    stacked = {key: np.stack([r[key] for r in rows]) for key in rows[0]}
+    batch, same = formatter.collate(stacked, hosts, truth=True)
+    assert same is hosts
     expected = {
         "prompt": [[9, 1, 1, 2, 2], [0, 0, 9, 4, 4], [0, 0, 9, 6, 6]],
         "prompt_valid": [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 1, 1, 1]],
@@ -92,12 +97,11 @@ def test_the_table_of_encode():
         "weights": [[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]],
         "segments": [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]],
         "target_ids": [[[3, 3]], [[5, 5]], [[0, 0]]],
-        "label": [-1, 7, -1],
-        "fold": [-1, 1, -1],
+        "prompt_images": [[1, 1], [1, 0], [1, 0]],
     }
     for key, value in expected.items():
         np.testing.assert_array_equal(batch[key], value, key)
-    assert "pictures" not in batch
+    assert set(batch) == {*expected, "positions"}
 
 
 def test_pictures_are_stretched_counted_and_kept_on_the_host():
@@ -105,7 +109,10 @@ def test_pictures_are_stretched_counted_and_kept_on_the_host():
     red, blue = np.full((4, 6, 3), 200, np.uint8), np.full((3, 3, 3), 10, np.uint8)
     example = formatter({"prompt": [red], "target": [blue]})
     assert example["prompt_u8"].shape == (2, 2, 2, 3) and not example["prompt_u8"][1].any()
-    np.testing.assert_array_equal(example["last_size"], [4, 6])
+    host = example.pop("host")
+    assert host.size == (4, 6) and len(host.images) == len(host.truth.images) == 1
+    np.testing.assert_array_equal(host.images[0], example["prompt_u8"][0])
+    np.testing.assert_array_equal(host.truth.images[0], np.float32(10 / 255))
     seen = []
 
     def to_ids(pictures_u8):
@@ -117,7 +124,7 @@ def test_pictures_are_stretched_counted_and_kept_on_the_host():
     np.testing.assert_array_equal(batch["prompt"], [[0, 200]])
     np.testing.assert_array_equal(batch["prompt_valid"], [[False, True]])
     np.testing.assert_array_equal(batch["target_ids"], [[[10]]])
-    assert set(batch["pictures"]) == {"prompt_u8", "target_u8", "num_prompt", "num_target"}
+    assert not {"prompt_u8", "target_u8"} & set(batch)  # pictures do not go to the device
 
 
 def test_bad_prompts(task):

@@ -46,7 +46,6 @@ class Golden:
         ]
         for i, row in enumerate(rows):
             row["image_u8"] = format_lib.crop(self.io[f"raw_image_{i}"], 42)
-            row["labels_u8"] = np.zeros(4, np.uint8)
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 

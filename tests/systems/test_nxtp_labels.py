@@ -4,7 +4,6 @@ import concurrent.futures
 import json
 import pathlib
 
-import numpy as np
 import pytest
 
 from vlm_jax.data import records
@@ -148,16 +147,6 @@ def test_records():
 def test_class_names():
     assert labels.from_class_names("tench, Tinca tinca") == ["tench", "tinca tinca"]
     assert labels.from_class_names(" , ") == []
-
-
-def test_labels_travel_in_a_batch():
-    names = ["café", "traffic light"]
-    content = labels.to_bytes(names, 32)
-    assert content.dtype == np.uint8 and content.shape == (32,)
-    assert labels.from_bytes(content) == names
-    assert labels.from_bytes(labels.to_bytes([], 8)) == []
-    assert labels.from_bytes(labels.to_bytes(["ab", "cd", "e"], 5)) == ["ab", "cd"]
-    assert labels.from_bytes(labels.to_bytes(["ab", "cde"], 5)) == ["ab"]
 
 
 @pytest.mark.parametrize(

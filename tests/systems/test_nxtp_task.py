@@ -1,5 +1,6 @@
 """NXTP's task: sizes, refused settings, batches that do not fit, what learns, where it starts."""
 
+import functools
 import json
 import os
 import pathlib
@@ -48,7 +49,6 @@ def make_batch(task, rows=2):
         "segments": segments,
         "label_positions": np.array([[0, 1, 2, 3, 4, 2, 3, 7]] * rows, np.int32),
         "prompt": tokens[:, :3],
-        "labels_u8": np.frombuffer(b"a,b\0", np.uint8)[None].repeat(rows, 0),
     }
 
 
@@ -88,8 +88,10 @@ def test_a_batch_that_fits(task, params):
     assert 3 < float(loss) < 7 and float(metrics["scored_tokens"]) == 12
     outputs = jax.jit(task.predict["one_shot"])(params, batch, None)
     assert outputs["ids"].shape == (2, 3, 4)
-    assert task.references(batch) == [["a", "b"]] * 2
-    assert task.photos(batch) is batch["image_u8"]
+    fewer = jax.jit(functools.partial(task.predict["one_shot"], k=2))(params, batch, None)
+    np.testing.assert_array_equal(fewer["ids"], outputs["ids"][:, :2])
+    with pytest.raises(config_lib.ConfigError, match="65 labels of 4 tokens are wanted"):
+        task.predict["one_shot"](params, batch, None, k=65)
     score = np.asarray(jax.jit(task.predict["score"])(params, batch, None)["logp"])
     mean = -np.average(score, weights=batch["weights"])
     assert float(loss) == pytest.approx(float(mean), abs=1e-5)
@@ -108,19 +110,22 @@ def test_batches_that_do_not_fit(task, change, message):
         task.check_batch(make_batch(task) | change)
 
 
-def test_the_tokenizer_of_the_task_is_read_before_training(smollm2_words):
-    """Another one than the formatter's, a missing one: refused with the first batch."""
+def test_the_delimiter_of_the_tokenizer_is_compared_before_training(smollm2_words):
+    del smollm2_words
     model = dict(vision=dict(preset="tiny"), decoder=dict(preset="smollm2", depth=1))
     formatter = nxtp.make_formatter(tokenizer="smollm2", image_size=32, max_tokens=16)
-    record = {"image_u8": np.zeros((40, 50, 3), np.uint8), "labels": ["dog", "cat"]}
-    batch = {key: np.stack([x, x]) for key, x in formatter(record).items()}
-    nxtp.make_task(model, delimiter_id=28, tokenizer="smollm2").check_batch(batch)
-    missing = nxtp.make_task(model, delimiter_id=28, tokenizer="nowhere.model")
+    # Recipes from before name the tokenizer, and the size of labels as bytes, once more.
+    task = nxtp.make_task(model, delimiter_id=28, tokenizer="smollm2")
+    assert formatter == nxtp.make_formatter(
+        tokenizer="smollm2", image_size=32, max_tokens=16, max_label_bytes=512
+    )
+    task.check_data(None, formatter, "data")
+    other = nxtp.make_task(model, delimiter_id=29)
+    with pytest.raises(config_lib.ConfigError, match="task.delimiter_id=29, .*smollm2 is 28"):
+        other.check_data(None, formatter, "data")
+    missing = nxtp.make_formatter(tokenizer="nowhere.model")
     with pytest.raises(records.DataError, match="nowhere.model: no such tokenizer"):
-        missing.check_batch(batch)
-    batch["prompt"] = batch["prompt"][:, [0, 1, 3, 2]]
-    with pytest.raises(config_lib.ConfigError, match="formatter.tokenizer writes its prompt"):
-        nxtp.make_task(model, delimiter_id=28, tokenizer="smollm2").check_batch(batch)
+        task.check_data(None, missing, "data")
 
 
 def test_labels_do_not_see_each_other(task, params):
@@ -208,9 +213,8 @@ def test_evaluations_of_the_recipes_are_ready(tmp_path):
         task = nxtp.make_task(dict(recipe.model), **recipe.task)
         for evaluation in made:
             assert evaluation.evaluator.predict in task.predict
-            for name in evaluation.evaluator.task_needs:
-                assert callable(getattr(task, name))
-            assert max(evaluation.evaluator.ks) <= task.k
+            assert evaluation.options == {"k": max(evaluation.evaluator.ks)}
+            evaluate._check_options(evaluation, task.predict[evaluation.evaluator.predict])
 
 
 # Compiles an update of the recipe on 8 devices, allocating nothing; in a process of its own because
@@ -272,17 +276,18 @@ def test_a_run_of_our_own_labels_photos(tmp_path, smollm2_words):
     params = jax.tree.map(draw, jax.eval_shape(task.init, jax.random.key(0)))
     formatter = nxtp.make_formatter(tokenizer="smollm2", image_size=32, max_tokens=16)
     record = {"image_u8": rng.integers(0, 255, (40, 50, 3), np.uint8), "labels": ["dog", "cat"]}
-    batch = {key: np.stack([x, x]) for key, x in formatter(record).items()}
+    example = formatter(record)
+    host = example.pop("host")
+    assert [label for label, _ in host.truth.labels] == ["dog", "cat"] and host.size == (40, 50)
+    np.testing.assert_array_equal(host.images[0], example["image_u8"])
+    batch = {key: np.stack([x, x]) for key, x in example.items()}
     task.check_batch(batch)
-    assert task.references(batch) == [["dog", "cat"]] * 2
-    outputs = jax.jit(task.predict["one_shot"])(params, batch, None)
-    names, scores = task.labels(outputs, batch)[0]
+    outputs = jax.tree.map(np.asarray, jax.jit(task.predict["one_shot"])(params, batch, None))
+    names, _ = zip(*formatter.read(outputs, [host] * 2)[0].labels)
     model = nxtp.from_run(task, formatter, params)
     unfinished = model.label(record["image_u8"], k=5, max_tokens=3, unfinished=True)
     assert len(unfinished) == 5 and unfinished[0][1] >= unfinished[-1][1] > 0
-    assert [n for n, _ in model.label([record["image_u8"]], k=5, max_tokens=3)[0]] == names
-    with pytest.raises(ValueError, match="6 labels are wanted of task.k=5"):
-        task.labels(outputs, batch, k=6)
+    assert [n for n, _ in model.label([record["image_u8"]], k=5, max_tokens=3)[0]] == list(names)
     assert model.attention(record["image_u8"]).shape == (1, 4, 24, 24)
     other = nxtp.make_task(dict(vision=dict(preset="tiny"), decoder=dict(preset="tiny")),
                            delimiter_id=5)  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 
 from vlm_jax.data import images, records
 from vlm_jax.encoders import image_tokenizer
+from tests.evaluators import fakes
 from vlm_jax.evaluators import reconstruction
 from vlm_jax.metrics import image_quality
 from vlm_jax.models import vqgan as network
@@ -169,12 +170,11 @@ def test_evaluator_counts_codes_and_draws(tmp_path):
     image01 = np.zeros((3, 8, 8, 3), np.float32)
     recon01 = image01 + 0.1
     ids = np.array([[0, 0], [1, 1], [3, 3]], np.int32)
-    batch = {"image01": image01, "valid": np.array([True, True, False])}
-    scalars = reconstruction.Evaluator(codes=4, columns=2).run(
-        task=None,
+    batch = fakes.batch_of({"image01": image01}, valid=[True, True, False])
+    scalars = fakes.run(
+        reconstruction.Evaluator(codes=4, columns=2),
+        [batch],
         predict=lambda batch: dict(image01=image01, recon01=recon01, ids=ids),
-        batches=[batch],
-        read=None,
         out_dir=tmp_path,
     )
     # The row that is not valid does not count: codes 0 and 1 of four, equally often.
@@ -187,9 +187,7 @@ def test_evaluator_counts_codes_and_draws(tmp_path):
     with pytest.raises(ValueError, match="layer='relu6_1' is none of relu1_2, relu2_2"):
         reconstruction.Evaluator(layer="relu6_1")
     with pytest.raises(ValueError, match="no readable image"):
-        reconstruction.Evaluator(codes=4).run(
-            task=None, predict=None, batches=[], read=None, out_dir=None
-        )
+        fakes.run(reconstruction.Evaluator(codes=4), [])
 
 
 def test_exported_tokenizer_loads_and_is_checked(task, params, tmp_path):
@@ -249,7 +247,7 @@ def test_evaluator_measures_what_it_is_asked_for(tmp_path, capsys):
     save_file(files.head_tensors(), tmp_path / "heads.safetensors")
     image01 = np.random.default_rng(0).uniform(size=(3, 16, 16, 3)).astype(np.float32)
     outputs = dict(image01=image01, recon01=image01, ids=np.zeros((3, 4), np.int32))
-    scalars = reconstruction.Evaluator(
+    evaluator = reconstruction.Evaluator(
         codes=4,
         ssim=True,
         lpips=True,
@@ -257,13 +255,10 @@ def test_evaluator_measures_what_it_is_asked_for(tmp_path, capsys):
         layer="relu1_2",
         vgg=str(tmp_path / "vgg.safetensors"),
         heads=str(tmp_path / "heads.safetensors"),
-    ).run(
-        task=None,
-        predict=lambda batch: outputs,
-        batches=[{"image01": image01, "valid": np.array([True, True, False])}] * 2,
-        read=None,
-        out_dir=tmp_path,
     )
+    valid = [True, True, False]
+    batches = [fakes.batch_of({"image01": image01}, valid=valid, first=n) for n in (0, 3)]
+    scalars = fakes.run(evaluator, batches, predict=lambda batch: outputs, out_dir=tmp_path)
     assert scalars["images"] == 4
     assert scalars["ssim"] == 1.0
     assert scalars["lpips"] == pytest.approx(0, abs=1e-6)

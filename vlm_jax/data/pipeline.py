@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax import answer
 from vlm_jax.data import bad_records, packing, records, sources
 from vlm_jax.data import rows as rows_lib
 from vlm_jax.program import config as config_lib
@@ -88,12 +89,14 @@ class Batch:
       arrays: key -> array [rows, ...]. Without packing there is also valid bool[rows], False for
         a row whose record could not be read; all arrays of such a row are 0.
       places: per row, the records that it is made of.
+      hosts: of `one_pass`, per row what stays on the host; its id names the row's records.
     """
 
     step: int
     arrays: dict[str, np.ndarray]
     places: list[rows_lib.Place]
     _name: Callable[[str, int], str]
+    hosts: list[answer.Host] = dataclasses.field(default_factory=list)
 
     @property
     def record_ids(self) -> list[list[str]]:
@@ -143,21 +146,22 @@ def one_pass(
     batch_size: int,
     max_batches: int = 0,
     seed: int = 0,
-) -> Iterator[dict[str, np.ndarray]]:
+    rows: np.ndarray | None = None,
+) -> Iterator[Batch]:
     """Every record once in file order, source after source, as whole batches (for evaluation).
 
-    A batch is its arrays and `record_ids`, the names of the records of every row. The last batch
-    is filled up with rows of zeros, whose weights (or `valid`) are 0.
+    Batches have `hosts`. The last one is filled up with rows of zeros, whose weights (or `valid`)
+    are 0.
 
     Args: as `make_batches`; max_batches: stop early, 0 reads everything.
     """
     config = dataclasses.replace(_spread(config, formatter), shuffle=False)
-    parts = _cut(np.arange(batch_size), config)
-    table = rows_lib.Rows(config, formatter, seed)
-    batches = Batches(config, _OnePass(table, batch_size, parts, max_batches), 0)
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+    table = rows_lib.Rows(config, formatter, seed, keep_hosts=True)
+    elements = _OnePass(table, batch_size, _cut(rows, config), max_batches)
+    batches = Batches(config, elements, 0)
     try:
-        for batch in batches:
-            yield {**batch.arrays, "record_ids": batch.record_ids}
+        yield from batches
     finally:
         batches.close()
 
@@ -177,7 +181,7 @@ class Batches:
         )
         self.records_of = table.records_of
         self._record_id, self._step = table.record_id, start_step
-        self._parts = len(elements.parts)
+        self._parts, self._keeps_hosts = len(elements.parts), table.keeps_hosts
         self._iterator = _run_ahead(config, elements)
         self._closed = False
 
@@ -195,6 +199,8 @@ class Batches:
                 self.bad_records.add(len(place.indices), chunk.origin.bad.get(row, ()))
         places = [place for chunk in chunks for place in chunk.origin.places]
         batch = Batch(self._step, _joined(chunks), places, self._record_id)
+        if self._keeps_hosts:
+            batch.hosts = _hosts(chunks, batch.record_ids)
         self._step += 1
         return batch
 
@@ -216,6 +222,15 @@ def _joined(chunks: Sequence[rows_lib.Chunk]) -> dict[str, np.ndarray]:
     if not others:
         return first
     return {key: np.concatenate([x, *(y[key] for y in others)]) for key, x in first.items()}
+
+
+def _hosts(chunks: Sequence[rows_lib.Chunk], names: list[list[str]]) -> list[answer.Host]:
+    made = [
+        chunk.origin.hosts.get(row, answer.Host())
+        for chunk in chunks
+        for row in range(len(chunk.origin.places))
+    ]
+    return [dataclasses.replace(host, id="+".join(of)) for host, of in zip(made, names)]
 
 
 def _spread(config: DataConfig, formatter: Any) -> DataConfig:

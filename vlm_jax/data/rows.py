@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlm_jax import answer
 from vlm_jax.data import bad_records, order, packing, records, sidecar, sources
 
 
@@ -31,10 +32,12 @@ class Origin:
     Attributes:
       places: of every row.
       bad: row -> (record id, cause) of the records that it should hold and that cannot be used.
+      hosts: row -> what its formatter keeps on the host, where that is wanted.
     """
 
     places: list[Place]
     bad: dict[int, list[tuple[str, str]]] = dataclasses.field(default_factory=dict)
+    hosts: dict[int, answer.Host] = dataclasses.field(default_factory=dict)
 
 
 class Chunk(NamedTuple):
@@ -55,6 +58,7 @@ class Rows:
 
     Args:
       config: `pipeline.DataConfig`. formatter, seed: as `pipeline.make_batches`.
+      keep_hosts: keep what examples have under "host"; training has no use for it.
 
     Attributes:
       mixture: of the sources. skipped: records left out by an index, as (id, cause).
@@ -64,8 +68,9 @@ class Rows:
       DataError: see `pipeline.make_batches`.
     """
 
-    def __init__(self, config: Any, formatter: Any, seed: int):
+    def __init__(self, config: Any, formatter: Any, seed: int, keep_hosts: bool = False):
         self._formatter, self._seed, self._packing = formatter, seed, config.packing
+        self.keeps_hosts = keep_hosts
         self.mixture = order.Mixture(
             {name: entry.get("weight", 1.0) for name, entry in config.mixture.items()}
         )
@@ -182,7 +187,10 @@ class Rows:
                 with bad_records.naming(source, index):
                     try:
                         example = self._formatter(source[index], rng)
+                        host = example.pop("host", None)
                         valid[row] = True
+                        if host is not None and self.keeps_hosts:
+                            origin.hosts[row] = host
                     except records.BadRecordError as error:
                         origin.bad[row] = [self._bad(place, error)]
             examples.append(self._zeros if example is None else example)
@@ -239,7 +247,7 @@ class Rows:
                 except records.BadRecordError as error:
                     first = first or f"{entry.source.record_id(index)}: {error}"
                     continue
-                return {key: np.zeros_like(x) for key, x in example.items()}
+                return {key: np.zeros_like(x) for key, x in example.items() if key != "host"}
         raise records.DataError(
             f"none of the first 1000 records of any source can be formatted; the first: {first}"
         )

@@ -13,7 +13,7 @@ import json
 import numpy as np
 
 from vlm_jax.data import records
-from vlm_jax.program import curves
+from vlm_jax.program import curves, passes
 
 
 @dataclasses.dataclass
@@ -41,28 +41,35 @@ class Evaluator:
         if self.max_context < 1 or self.tokens_per_image < 1:
             raise ValueError("max_context and tokens_per_image must be at least 1")
 
-    def run(self, *, task, predict, batches, read, out_dir) -> dict[str, float]:
+    def run(self, data: passes.Pass) -> dict[str, float]:
         """`context_K`: mean over rows of the perplexity after K images; `rows`, `left_out`.
 
         Raises:
           DataError: no row has enough images.
         """
-        sums, rows, left_out = np.zeros(self.max_context), 0, 0
-        for batch in batches:
+        lines = []
+        for batch in data.batches:
             lead_bl, images_bnt, used_b = self._images(batch)
-            rows, left_out = rows + used_b.sum(), left_out + (batch["valid"] & ~used_b).sum()
-            for k in range(1, self.max_context + 1) if used_b.any() else ():
-                made, scored = self._row(batch, lead_bl, images_bnt[:, -(k + 1) :])
-                logp_bt = predict(made)["logp"].astype(np.float64)[:, scored]
-                sums[k - 1] += np.exp(-logp_bt[used_b].mean(axis=1)).sum()
+            found = {int(row): [] for row in batch.rows[batch.valid]}
+            # All processes predict together, also where none of this one's rows is long enough.
+            for k in range(1, self.max_context + 1):
+                made, scored = self._row(lead_bl, images_bnt[:, -(k + 1) :])
+                changed = dataclasses.replace(batch, arrays=made)
+                logp_bt = data.predict(changed)["logp"].astype(np.float64)[:, scored]
+                for row in np.flatnonzero(used_b):
+                    found[int(batch.rows[row])].append(float(np.exp(-logp_bt[row].mean())))
+            lines += found.items()
+        lines = data.gather(lines)
+        used = [line for line in lines if line]
+        rows, left_out = len(used), len(lines) - len(used)
         if not rows:
             raise records.DataError(
                 f"context_perplexity: none of {left_out} rows holds {self.max_context + 1} images "
                 f"of {self.tokens_per_image} ids; lower max_context"
             )
-        means = {k: float(x) for k, x in enumerate(sums / rows, 1)}
-        if out_dir is not None:
-            path = out_dir / "context_perplexity.jsonl"
+        means = {k: float(x) for k, x in enumerate(np.mean(used, axis=0), 1)}
+        if data.first:
+            path = data.folder / "context_perplexity.jsonl"
             lines = [json.dumps({"context": k, "perplexity": x}) + "\n" for k, x in means.items()]
             path.write_text("".join(lines))
             series = {"perplexity of the next image": list(means.items())}
@@ -73,17 +80,18 @@ class Evaluator:
     def _images(self, batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Lead ids, ids of the last max_context + 1 images of a row, and which rows have them."""
         size, count = self.tokens_per_image, self.max_context + 1
-        ids_bt = np.concatenate([batch["tokens"][:, :1], batch["targets"]], axis=1)
-        length_b = (batch["segments"] == 1).sum(axis=1) + 1
+        arrays = batch.arrays
+        ids_bt = np.concatenate([arrays["tokens"][:, :1], arrays["targets"]], axis=1)
+        length_b = (arrays["segments"] == 1).sum(axis=1) + 1
         number_b = (length_b - self.lead_tokens) // size
-        used_b = batch["valid"] & (number_b >= count)
+        used_b = batch.valid & (number_b >= count)
         images_bnt = np.zeros((len(ids_bt), count, size), np.int32)
         for row in np.flatnonzero(used_b):
             start = self.lead_tokens + (number_b[row] - count) * size
             images_bnt[row] = ids_bt[row, start : start + count * size].reshape(count, size)
         return ids_bt[:, : self.lead_tokens * self.keep_lead], images_bnt, used_b
 
-    def _row(self, batch, lead_bl, images_bnt) -> tuple[dict[str, np.ndarray], slice]:
+    def _row(self, lead_bl, images_bnt) -> tuple[dict[str, np.ndarray], slice]:
         """A batch of lead, context and target, and where the target's ids are scored."""
         rows, size = len(images_bnt), self.tokens_per_image
         total = lead_bl.shape[1] + (self.max_context + 1) * size

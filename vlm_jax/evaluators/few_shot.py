@@ -27,13 +27,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from vlm_jax.data import images, records
 from vlm_jax.metrics import masks, perceptual
+from vlm_jax.program import passes
 from vlm_jax.weights import lpips as lpips_weights
 
 CAPTIONS = {  # kind -> what is asked, for the picture
@@ -50,7 +50,7 @@ class Evaluator:
 
     Attributes:
       kind: see the module.
-      predict: a predictor whose outputs `task.decode_batch` understands.
+      predict: a predictor whose outputs the formatter reads as images.
       threshold: see the module.
       foreground, background: colours of the answers, 0...1.
       lpips: also score it, with the published VGG16 (fetched once); for colorization.
@@ -66,8 +66,7 @@ class Evaluator:
     rows: int = 8
     cell: int = 96
 
-    needs = ()
-    task_needs = ("decode_batch",)
+    compares = True
     baselines = {
         f"{name}_{key}": key
         for name in ("copy_input", "all_foreground", "mean_mask", "tokenizer")
@@ -80,56 +79,75 @@ class Evaluator:
         if tuple(self.foreground) == tuple(self.background):
             raise ValueError("foreground and background are the same colour")
 
-    def run(self, *, task, predict, batches, read, out_dir) -> dict[str, float]:
+    def run(self, data: passes.Pass) -> dict[str, float]:
         """Scores over one pass; see the module.
 
         Raises:
-          DataError: no prompt, or prompts that `check_batch` refuses.
+          DataError: no prompt, or prompts that `check` refuses.
         """
         lines, shown = [], []
-        for batch in batches:
-            pictures = _of_valid(batch)
-            if not len(pictures["target01"]):
+        for batch in data.batches:
+            self.check(batch)
+            made = data.answers(batch)
+            known = data.read({"ids": batch.arrays["target_ids"]}, batch)
+            places = batch.scored()
+            if not places:
                 continue
-            made01 = task.decode_batch(predict(batch))[batch["valid"], 0]
-            known01 = task.decode_batch({"ids": batch["target_ids"]})[batch["valid"], 0]
-            scores = self.score(made01, pictures, known01)
-            valid = np.flatnonzero(batch["valid"])
-            for row, at in enumerate(valid):
-                name = "+".join(batch["record_ids"][at])
-                place = {key: int(batch[key][at]) for key in ("label", "fold")}
+            prompt_u8 = np.stack([batch.hosts[i].images for i in places])
+            made01, known01 = (np.stack([x[i].images[0] for i in places]) for x in (made, known))
+            true01 = np.stack([batch.hosts[i].truth.images[0] for i in places])
+            scores = self.score(made01, images.to01(prompt_u8), true01, known01)
+            for row, at in enumerate(places):
+                host = batch.hosts[at]
                 values = {key: float(x[row]) for key, x in scores.items()}
-                lines.append({"id": name, **place, **values})
+                lines.append((int(batch.rows[at]), {"id": host.id, **host.tags, **values}))
                 if len(shown) < self.rows:
-                    images_u8 = [*pictures["prompt_u8"][row], images.to_u8(made01[row])]
-                    shown.append((name, [*images_u8, images.to_u8(pictures["target01"][row])]))
+                    answers_u8 = images.to_u8(made01[row]), images.to_u8(true01[row])
+                    shown.append((host.id, [*prompt_u8[row], *answers_u8]))
+        lines = data.gather(lines)
         if not lines:
             raise records.DataError("few_shot: the evaluation data hold no usable prompt")
-        if out_dir is not None:
+        if data.first:
             text = "".join(json.dumps(line) + "\n" for line in lines)
-            (out_dir / "images.jsonl").write_text(text)
-            (out_dir / "few_shot.png").write_bytes(images.encode(self._draw(shown)))
+            (data.folder / "images.jsonl").write_text(text)
+            if shown:
+                (data.folder / "few_shot.png").write_bytes(images.encode(self._draw(shown)))
         return summary(lines)
 
-    def prepare(self, task: Any) -> None:
+    def prepare(self) -> None:
         """Loads what LPIPS needs."""
         if self.lpips and self.kind == "colorization":
             _lpips()
 
-    def check_batch(self, batch: Mapping[str, Any]) -> None:
+    def check(self, batch: passes.Batch) -> None:
         """Raises DataError unless prompts are k pairs and a query, with its answer."""
-        _of_valid(batch)
+        if "target_ids" not in batch.arrays:
+            raise records.DataError(
+                "few_shot needs prompts of pictures; give evals.X.formatter=dict(images=...)"
+            )
+        room = batch.arrays["prompt_images"].shape[1]
+        for place in batch.scored():
+            host = batch.hosts[place]
+            if not host.images:
+                raise records.DataError("few_shot needs prompts of pictures, not of ids")
+            if len(host.images) != room or room % 2 == 0:
+                raise records.DataError(
+                    f"few_shot needs k pairs and a query in every prompt; evals.X.formatter.images="
+                    f"{room} must be 2 * shots + 1 of the data"
+                )
+            if not host.truth.images:
+                raise records.DataError("few_shot: a prompt has no true answer ('target')")
 
     def score(
-        self, made01: np.ndarray, pictures: Mapping[str, np.ndarray], known01: np.ndarray
+        self, made01: np.ndarray, prompt01: np.ndarray, true01: np.ndarray, known01: np.ndarray
     ) -> dict[str, np.ndarray]:
         """Scores per image, float64[B].
 
         Args:
-          made01, known01: float[B, S, S, 3], generated, and true ones through the tokenizer.
-          pictures: `prompt01` float[B, 2k + 1, S, S, 3] and `target01` float[B, S, S, 3].
+          made01, true01, known01: float[B, S, S, 3], generated, true, and true through the
+            tokenizer.
+          prompt01: float[B, 2k + 1, S, S, 3].
         """
-        prompt01, true01 = pictures["prompt01"], pictures["target01"]
         answers = {"": made01, "copy_input_": prompt01[:, -1], "tokenizer_": known01}
         if self.kind == "colorization":
             return self._colour_scores(answers, true01)
@@ -190,30 +208,6 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
             of_fold = [line for line in lines if line["fold"] == fold]
             result[f"fold_{fold}_iou"] = mean(of_fold, "iou")
     return result
-
-
-def _of_valid(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Pictures of the valid rows, as they are scored."""
-    if "pictures" not in batch:
-        raise records.DataError(
-            "few_shot needs prompts of pictures; give evals.X.formatter=dict(images=...)"
-        )
-    pictures, valid = batch["pictures"], batch["valid"]
-    prompt_u8 = pictures["prompt_u8"][valid]
-    count = prompt_u8.shape[1]
-    if (pictures["num_prompt"][valid] != count).any() or count % 2 == 0:
-        raise records.DataError(
-            f"few_shot needs k pairs and a query in every prompt; evals.X.formatter.images={count} "
-            f"must be 2 * shots + 1 of the data"
-        )
-    if (pictures["num_target"][valid] < 1).any():
-        raise records.DataError("few_shot: a prompt has no true answer ('target')")
-    target_u8 = pictures["target_u8"][valid, 0]
-    return {
-        "prompt_u8": prompt_u8,
-        "prompt01": images.to01(prompt_u8),
-        "target01": images.to01(target_u8),
-    }
 
 
 @functools.cache

@@ -1,13 +1,8 @@
 """Predicted labels against references by meaning, beside published numbers and simple baselines.
 
-The metric is `metrics/label_match`. The task, a system that predicts labels, has on the host:
-
-    task.labels(outputs, batch, k=None)   per row ([label, ...], [score, ...]), best first;
-                                          outputs is what the predictor gave for this batch, and
-                                          k only its first k labels: what a run with that k gives.
-                                          ValueError when there are fewer
-    task.references(batch)                per row [label, ...]
-    task.photos(batch)                    uint8[B, S, S, 3]
+The metric is `metrics/label_match`. The predictor takes the option `k`, the number of labels, and
+its outputs are of shape [B, k, ...], so that fewer labels are the first ones of each; answers and
+truth have `labels`, and the photo is the first of `Host.images`.
 
 Written to the folder of the evaluation:
 
@@ -32,7 +27,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +35,7 @@ from vlm_jax.data import images, label_sheet, pipeline, records
 from vlm_jax.encoders import text_embedder
 from vlm_jax.metrics import label_match, published_labels
 from vlm_jax.program import config as config_lib
+from vlm_jax.program import passes
 
 _SIDE = 16  # of the small photos that are compared
 _NAMES = {"": "this run", "frequent": "most frequent labels", "nearest": "nearest neighbours"}
@@ -50,9 +46,9 @@ class Evaluator:
     """See the module.
 
     Attributes:
-      predict: a predictor whose outputs `task.labels` understands.
+      predict: a predictor of labels, see the module.
       k: labels per image of the table and the main numbers.
-      ks: numbers of labels of the curve; the predictor must give at least the largest.
+      ks: numbers of labels of the curve; the predictor is asked for the largest.
       thresholds: on the similarity, of the other curve (arXiv 2312.02142, fig. 5).
       embedder: see `text_embedder`: "minilm", or "clip:FOLDER".
       published: "cc3m", "coco", "openimages" or "imagenet" prints the paper's rows for it.
@@ -71,8 +67,7 @@ class Evaluator:
     baseline_photos: int = 20_000
     photos: int = 12
 
-    needs = ()
-    task_needs = ("labels", "references", "photos")
+    compares = True
     baselines = {
         f"{name}_{key}": key
         for name in ("frequent", "nearest")
@@ -92,19 +87,20 @@ class Evaluator:
     def _kind(self) -> str:
         return self.embedder.partition(":")[0]
 
-    def prepare(self, task: Any) -> None:
-        """Loads the embedder, and compares `ks` with the task's `k`, where it has one.
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the predictor."""
+        return {"k": self.ks[-1]}
+
+    def prepare(self) -> None:
+        """Loads the embedder.
 
         Raises:
-          ConfigError: the task predicts fewer labels. DataError: the embedder cannot be had.
+          DataError: it cannot be had.
         """
-        if self.ks[-1] > getattr(task, "k", self.ks[-1]):
-            raise config_lib.ConfigError(
-                f"label_match asks for {self.ks[-1]} labels per image (k, ks), but task.k={task.k}"
-            )
         text_embedder.load(self.embedder)
 
-    def run(self, *, task, predict, batches, read, out_dir) -> dict[str, float]:
+    def run(self, data: passes.Pass) -> dict[str, float]:
         """recall, precision, f1, div_avg, div_std, and with a baseline those of the baselines.
 
         Also `labels` (mean number per image), `images`, and `without_reference`, the images whose
@@ -114,8 +110,8 @@ class Evaluator:
           ValueError: no readable record, or fewer labels than asked for.
         """
         embed = text_embedder.load(self.embedder)  # says at once when it cannot be had
-        known = _Known.read(read(self.baseline), task, self) if self.baseline else None
-        seen = self._collect(task, predict, batches, known)
+        known = _Known.read(data.other(self.baseline), self) if self.baseline else None
+        seen = self._collect(data, known)
         if not seen.references:
             raise ValueError("label_match: the evaluation data hold no readable record")
         embed(seen.words())  # all at once, in few batches; what follows finds them kept
@@ -135,28 +131,39 @@ class Evaluator:
             if name:
                 point = next(p for p in curves["k"][name] if p["k"] == self.k)
                 results |= {f"{name}_{key}": point[key] for key in ("recall", "precision", "f1")}
-        if out_dir is not None:
-            self._write(out_dir, seen, scores, results, curves)
+        if data.first:
+            self._write(data.folder, seen, scores, results, curves)
         return results
 
-    def _collect(self, task, predict, batches, known) -> _Seen:
-        seen = _Seen(collections.defaultdict(lambda: {k: [] for k in self.ks}))
-        for batch in batches:
-            outputs, valid = predict(batch), np.flatnonzero(batch["valid"])
-            by_k = {k: task.labels(outputs, batch, k=k) for k in self.ks}
-            references, photos_u8 = task.references(batch), task.photos(batch)
-            for row in valid:
-                for k in self.ks:
-                    seen.predictions[""][k].append(list(by_k[k][row][0]))
-                seen.ranked.append(list(zip(*by_k[self.k][row])))
-                seen.references.append(list(references[row]))
-                seen.ids.append("+".join(batch["record_ids"][row]))
-                if len(seen.shown_u8) < self.photos:
-                    seen.shown_u8.append(photos_u8[row])
-            if known is not None:
-                for name, guesses in known.guess(photos_u8[valid], self.ks[-1]).items():
-                    for guess, k in itertools.product(guesses, self.ks):
-                        seen.predictions[name][k].append(guess[:k])
+    def _collect(self, data, known) -> _Seen:
+        lines, shown = [], []
+        for batch in data.batches:
+            outputs, places = data.predict(batch), batch.scored()
+            by_k = {k: data.read({name: x[:, :k] for name, x in outputs.items()}, batch)
+                    for k in self.ks}  # fmt: skip
+            photos_u8 = [batch.hosts[at].images[0] for at in places]
+            guesses = known.guess(photos_u8, self.ks[-1]) if known is not None else {}
+            for i, at in enumerate(places):
+                host = batch.hosts[at]
+                line = {
+                    "id": host.id,
+                    "references": [label for label, _ in host.truth.labels],
+                    "ranked": by_k[self.k][at].labels,
+                    "": {str(k): [label for label, _ in by_k[k][at].labels] for k in self.ks},
+                    "guesses": {name: found[i] for name, found in guesses.items()},
+                }
+                lines.append((int(batch.rows[at]), line))
+                if len(shown) < self.photos:
+                    shown.append(_Shown(photos_u8[i], line["ranked"], line["references"]))
+        seen = _Seen(collections.defaultdict(lambda: {k: [] for k in self.ks}), shown=shown)
+        for line in data.gather(lines):
+            seen.ids.append(line["id"])
+            seen.references.append(line["references"])
+            seen.ranked.append(line["ranked"])
+            for k in self.ks:
+                seen.predictions[""][k].append(line[""][str(k)])
+                for name, guess in line["guesses"].items():
+                    seen.predictions[name][k].append(guess[:k])
         return seen
 
     def _over_k(self, seen, name, embed) -> list[dict[str, float]]:
@@ -188,11 +195,8 @@ class Evaluator:
         print(table)
         (out_dir / "curves.json").write_text(json.dumps(curves, indent=1) + "\n", **records.TEXT)
         _draw_curves(curves, out_dir / "curves.png")
-        if self.photos:
-            entries = [
-                label_sheet.Entry(*entry)
-                for entry in zip(seen.shown_u8, seen.ranked, seen.references)
-            ]
+        if seen.shown:
+            entries = [label_sheet.Entry(*entry) for entry in seen.shown]
             sheet = label_sheet.draw(entries, shown=self.k)
             (out_dir / "labels.png").write_bytes(images.encode(sheet))
 
@@ -218,6 +222,12 @@ class Evaluator:
         return "\n".join(lines)
 
 
+class _Shown(NamedTuple):
+    photo_u8: np.ndarray
+    ranked: Sequence[tuple[str, float]]
+    references: Sequence[str]
+
+
 @dataclasses.dataclass
 class _Seen:
     """One pass: predictions[method][k] per image, "" being the model, and what belongs to it."""
@@ -226,7 +236,7 @@ class _Seen:
     ranked: list[list[tuple[str, float]]] = dataclasses.field(default_factory=list)
     references: list[list[str]] = dataclasses.field(default_factory=list)
     ids: list[str] = dataclasses.field(default_factory=list)
-    shown_u8: list[np.ndarray] = dataclasses.field(default_factory=list)
+    shown: list[_Shown] = dataclasses.field(default_factory=list)
 
     def words(self) -> list[str]:
         """Every label of every method and of the references, and the empty one."""
@@ -244,21 +254,20 @@ class _Known:
         self._frequent = [label for label, _ in counts.most_common()]
 
     @classmethod
-    def read(cls, batches: Iterable[Mapping[str, Any]], task: Any, evaluator: Evaluator) -> _Known:
+    def read(cls, batches: Iterable[passes.Batch], evaluator: Evaluator) -> _Known:
         labels, small, counts = [], [], collections.Counter()
         for batch in batches:
-            references = task.references(batch)
-            photos_u8 = task.photos(batch) if len(labels) < evaluator.baseline_photos else None
-            for row in np.flatnonzero(batch["valid"]):
-                counts.update(references[row])
+            for row in batch.scored():
+                references = [label for label, _ in batch.hosts[row].truth.labels]
+                counts.update(references)
                 if len(labels) < evaluator.baseline_photos:
-                    labels.append(references[row])
-                    small.append(_shrink(photos_u8[row]))
+                    labels.append(references)
+                    small.append(_shrink(batch.hosts[row].images[0]))
         if not counts:
             raise ValueError("label_match: the data of `baseline` hold no label")
         return cls(labels, np.stack(small), counts)
 
-    def guess(self, photos_u8: np.ndarray, k: int) -> dict[str, list[list[str]]]:
+    def guess(self, photos_u8: Sequence[np.ndarray], k: int) -> dict[str, list[list[str]]]:
         """Up to k labels per photo and baseline."""
         if not len(photos_u8):
             return {}

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.program import passes
+
 
 @dataclasses.dataclass
 class Evaluator:
@@ -38,39 +40,41 @@ class Evaluator:
     needs = ("logp",)
     baselines = dict.fromkeys(("uniform_perplexity", "unigram_perplexity"), "token_perplexity")
 
-    def run(self, *, task, predict, batches, read, out_dir) -> dict[str, float]:
+    def run(self, data: passes.Pass) -> dict[str, float]:
         """Perplexities over one pass.
 
         Raises:
           ValueError: no row has a target.
         """
-        rows, total, scored_ids = [], 0.0, []
-        for batch in batches:
-            logp_bt = predict(batch)["logp"].astype(np.float64)
+        lines = []
+        for batch in data.batches:
+            logp_bt = data.predict(batch)["logp"].astype(np.float64)
             scored_bt = self._scored(batch)
-            for logp_t, targets_t, scored_t in zip(logp_bt, batch["targets"], scored_bt):
-                if scored_t.any():
-                    rows.append(-logp_t[scored_t].mean())
-                    total -= logp_t[scored_t].sum()
-                    scored_ids.append(targets_t[scored_t])
+            for row in np.flatnonzero(scored_bt.any(axis=1)).tolist():
+                logp = logp_bt[row, scored_bt[row]]
+                ids = batch.arrays["targets"][row, scored_bt[row]] if self.baseline else ()
+                line = float(logp.sum()), len(logp), [int(x) for x in ids]
+                lines.append((int(batch.rows[row]), line))
+        rows = data.gather(lines)
         if not rows:
             raise ValueError("perplexity: no row has a target; are all loss weights zero?")
-        ids = np.concatenate(scored_ids)
+        sums, counts = (np.array([row[i] for row in rows]) for i in range(2))
         results = {
-            "perplexity": np.exp(rows).mean(),
-            "token_perplexity": np.exp(total / len(ids)),
+            "perplexity": np.exp(-sums / counts).mean(),
+            "token_perplexity": np.exp(-sums.sum() / counts.sum()),
             "rows": len(rows),
         }
         if self.num_ids:
             results["uniform_perplexity"] = float(self.num_ids)
         if self.baseline:
-            results["unigram_perplexity"] = self._unigram(read(self.baseline), ids)
+            ids = np.concatenate([np.array(row[2], np.int64) for row in rows])
+            results["unigram_perplexity"] = self._unigram(data.other(self.baseline), ids)
         return results
 
-    def _scored(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        scored_bt = (batch["weights"] > 0) & batch["valid"][:, None]
+    def _scored(self, batch: passes.Batch) -> np.ndarray:
+        scored_bt = (batch.arrays["weights"] > 0) & batch.valid[:, None]
         if self.num_ids:
-            scored_bt &= batch["targets"] < self.num_ids
+            scored_bt &= batch.arrays["targets"] < self.num_ids
         if self.last:
             after_bt = np.cumsum(scored_bt[:, ::-1], axis=1)[:, ::-1]
             scored_bt &= after_bt <= self.last
@@ -80,8 +84,8 @@ class Evaluator:
         size = max(self.num_ids, int(ids.max()) + 1)
         counts = np.ones(size)
         for batch in batches:
-            seen_bt = (batch["weights"] > 0) & batch["valid"][:, None]
-            seen = batch["targets"][seen_bt]
+            seen_bt = (batch.arrays["weights"] > 0) & batch.valid[:, None]
+            seen = batch.arrays["targets"][seen_bt]
             counts += np.bincount(seen[seen < size], minlength=size)
         logp = np.log(counts / counts.sum())
         return float(np.exp(-logp[ids].mean()))

@@ -11,6 +11,7 @@ from vlm_jax.data import images
 from vlm_jax.metrics import frechet as frechet_lib
 from vlm_jax.metrics import image_quality, perceptual
 from vlm_jax.models import vgg
+from vlm_jax.program import passes
 from vlm_jax.weights import lpips as lpips_weights
 
 
@@ -49,7 +50,7 @@ class Evaluator:
         if self.layer not in vgg.LAYERS:
             raise ValueError(f"layer={self.layer!r} is none of {', '.join(vgg.LAYERS)}")
 
-    def run(self, *, task, predict, batches, read, out_dir) -> dict[str, float]:
+    def run(self, data: passes.Pass) -> dict[str, float]:
         """Writes `reconstructions.png`; returns scalars:
 
         psnr                   mean over images, dB
@@ -65,19 +66,19 @@ class Evaluator:
           DownloadError, WeightsError: the weights of VGG16 cannot be had.
         """
         measures = self._measures()
-        scores = {name: [] for name in (*measures, *self.baselines)}
+        lines: list[tuple[int, dict[str, float]]] = []
         describe, photos, decoded = None, frechet_lib.Moments(), frechet_lib.Moments()
         if self.frechet:
             describe = perceptual.Vgg16Features(self._weights(), self.layer)
-        shown, count, counts_e = [], 0, np.zeros(self.codes, np.int64)
-        for batch in batches:
-            outputs, valid = predict(batch), batch["valid"]
+        shown, counts_e = [], np.zeros(self.codes, np.int64)
+        for batch in data.batches:
+            outputs, valid = data.predict(batch), batch.valid
             image01, recon01 = outputs["image01"][valid], outputs["recon01"][valid]
-            count += len(image01)
-            for name, measure in measures.items():
-                scores[name].extend(measure(image01, recon01))
+            found = {name: measure(image01, recon01) for name, measure in measures.items()}
             for name, guess01 in _guesses(image01, outputs["ids"].shape[1]).items():
-                scores[name].extend(image_quality.psnr(image01, guess01))
+                found[name] = image_quality.psnr(image01, guess01)
+            for i, row in enumerate(batch.rows[valid].tolist()):
+                lines.append((row, {name: float(values[i]) for name, values in found.items()}))
             if describe:
                 photos.add(describe(image01))
                 decoded.add(describe(recon01))
@@ -85,15 +86,18 @@ class Evaluator:
             for pair in zip(image01, recon01):
                 if len(shown) < self.columns * self.rows:
                     shown.append([images.to_u8(x) for x in pair])
+        lines = data.gather(lines)
+        count, counts_e = len(lines), data.add(counts_e)
         if not count:
             raise ValueError("reconstruction: the evaluation data hold no readable image")
-        if out_dir is not None:
-            (out_dir / "reconstructions.png").write_bytes(images.encode(self._draw(shown)))
+        if data.first and shown:
+            (data.folder / "reconstructions.png").write_bytes(images.encode(self._draw(shown)))
         p_e = counts_e[counts_e > 0] / counts_e.sum()
-        results = {name: float(np.mean(values)) for name, values in scores.items()}
+        results = {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}
         if describe:
+            photos, decoded = (frechet_lib.merged(data.parts(x.state)) for x in (photos, decoded))
             results[f"frechet_vgg16_{self.layer}"] = frechet_lib.distance(photos, decoded)
-            if photos.is_singular and out_dir is not None:
+            if photos.is_singular and data.first:
                 print(
                     f"[eval] frechet_vgg16_{self.layer} of {count} images and "
                     f"{np.size(photos.mean)} features is biased upwards; compare it only with "

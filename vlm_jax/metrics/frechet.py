@@ -8,6 +8,8 @@ called FID; every other network gives other numbers and must be named.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 
@@ -24,13 +26,23 @@ class Moments:
         x_nc = np.asarray(features, np.float64)
         mean = x_nc.mean(axis=0)
         centred = x_nc - mean
+        self._merge(len(x_nc), mean, centred.T @ centred)
+
+    def _merge(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
         # Chan et al. 1979: what two parts scatter around their common mean.
         apart = mean - self.mean
-        total = self.count + len(x_nc)
-        between = np.outer(apart, apart) * (self.count * len(x_nc) / total)
-        self._scatter = self._scatter + centred.T @ centred + between
-        self.mean = self.mean + apart * (len(x_nc) / total)
+        total = self.count + count
+        between = np.outer(apart, apart) * (self.count * count / total)
+        self._scatter = self._scatter + scatter + between
+        self.mean = self.mean + apart * (count / total)
         self.count = total
+
+    @property
+    def state(self) -> np.ndarray:
+        """float64[C * C + C + 1]: count, mean and scatter; empty when nothing was added."""
+        if not self.count:
+            return np.zeros(0)
+        return np.concatenate([[float(self.count)], self.mean, np.ravel(self._scatter)])
 
     @property
     def covariance(self) -> np.ndarray:
@@ -47,6 +59,17 @@ class Moments:
         only with values of equally many images.
         """
         return self.count <= np.size(self.mean)
+
+
+def merged(states: Iterable[np.ndarray]) -> Moments:
+    """The moments of all vectors, from the `state` of each part."""
+    result = Moments()
+    for state in states:
+        if not len(state):
+            continue
+        size = int(round((np.sqrt(4 * len(state) - 3) - 1) / 2))  # C of C * C + C + 1
+        result._merge(int(state[0]), state[1 : size + 1], state[size + 1 :].reshape(size, size))
+    return result
 
 
 def distance(a: Moments, b: Moments) -> float:

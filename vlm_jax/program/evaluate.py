@@ -1,33 +1,36 @@
 """Runs the configured evaluators on parameters, inside training and alone.
 
-An evaluator is `vlm_jax/evaluators/<type>.py` with a dataclass `Evaluator`: its fields are the
-leftover keys of `config.evals.<name>`, among them `predict`, the name of the task's predictor, and
-`needs`, the prediction keys that it reads. They are compared before the first step.
+An evaluator is a module with a dataclass `Evaluator`, found by its name (`task.resolve`). Its
+fields are the leftover keys of `config.evals.<name>`, among them `predict`, the name of the task's
+predictor, and `needs`, the keys of its outputs that are read here. They are compared before the
+first step.
 
     class Evaluator:
         predict: str = "score"
         needs = ("logp",)
 
-        def run(self, *, task, predict, batches, read, out_dir) -> dict[str, float]:
-            # predict(batch) -> numpy arrays of the global batch; batches: one pass, each a dict of
-            # numpy arrays with `valid` bool[B], False on the rows that fill up the last batch,
-            # and `record_ids`, a list of names per row;
-            # read(fields of a DataConfig) -> batches of other data, for baselines;
-            # pictures go to out_dir (None on all processes but the first).
+        def run(self, data: passes.Pass) -> dict[str, float]: ...
 
-Optional: `baselines = {"unigram": "perplexity"}` names scores that others are compared with, and
-curves.png draws them together; `task_needs = ("decode_batch",)` names members of the task that
-`run` calls; before training begins, `prepare(task)` fetches what `run` will need and raises when it
-cannot work, and `check_batch(batch)` raises ValueError when the first batch is not what it scores.
+Optional members:
 
-A batch passes `task.encode_batch`, where the task has it, before the evaluator sees it: prompts of
-pictures become ids there. What that puts into nested dicts stays on the host.
+    compares = True    `run` asks for answers and their truth: the formatter must read outputs
+    options -> dict    keyword arguments of the predictor that follow from the evaluator's fields;
+                       `evals.<name>.options` gives others
+    baselines          {"unigram": "perplexity"} names scores that others are compared with;
+                       curves.png draws them together
+    prepare()          before training begins: fetches what `run` will need, raises without it
+    check(batch)       raises ValueError when the first batch is not what it scores
+
+No evaluator knows a task: answers come from the formatter (see `task.Formatter`), in the words of
+`vlm_jax.answer`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import inspect
 import itertools
 import math
 import os
@@ -42,10 +45,10 @@ import numpy as np
 
 from vlm_jax import task as task_lib
 from vlm_jax.checkpoints import commit_marker
-from vlm_jax.data import pipeline
+from vlm_jax.data import pipeline, records
 from vlm_jax.ops import partition
 from vlm_jax.program import config as config_lib
-from vlm_jax.program import sharding
+from vlm_jax.program import passes, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,8 @@ class EvalConfig:
       data: a `DataConfig`'s fields; read in order, once. An evaluation with an empty `path` in it
         is inactive: recipes list what can be evaluated once there are data.
       formatter: fields of `task.prompt_formatter`; empty takes the formatter of the run.
+      options: keyword arguments of the predictor, for example `dict(k=20)`; what they are is fixed
+        when it is compiled.
       every: steps between evaluations; 0 only at the end.
       batch_size: rows of a global batch.
       max_batches: stop after this many batches; 0 reads everything.
@@ -66,6 +71,7 @@ class EvalConfig:
     type: str
     data: Mapping[str, Any]
     formatter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     every: int = 0
     batch_size: int = 8
     max_batches: int = 0
@@ -88,6 +94,11 @@ class Evaluation:
     config: EvalConfig
     evaluator: Any
     data: pipeline.DataConfig
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the predictor."""
+        return {**self.config.options, **getattr(self.evaluator, "options", {})}
 
 
 def make(evals: Mapping[str, Mapping[str, Any]]) -> list[Evaluation]:
@@ -131,55 +142,91 @@ def check_all(
     """`check` of each on its first batch: all mistakes before anything expensive."""
     for evaluation in evaluations:
         look = getattr(task, "check_data", lambda *_: None)
-        reader = _formatter_of(evaluation, task, formatter)
-        look(evaluation.data, reader, f"evals.{evaluation.name}.data")
-        check(evaluation, task, params, first_batch(evaluation, formatter, seed, task))
+        look(
+            evaluation.data,
+            _sides(evaluation, task, formatter)[0],
+            f"evals.{evaluation.name}.data",
+        )
+        check(evaluation, task, formatter, params, seed)
 
 
-def check(evaluation: Evaluation, task: Any, params: Any, batch: Mapping[str, Any]) -> None:
+def check(evaluation: Evaluation, task: Any, formatter: Any, params: Any, seed: int = 0) -> None:
     """Raises ConfigError unless the task predicts what the evaluator reads. Allocates no network.
 
     Args:
-      evaluation, task: see above.
+      evaluation, task, formatter: see above.
       params: shapes are enough.
-      batch: of `first_batch`; goes through `task.encode_batch`.
+      seed: of the run.
     """
-    for member in getattr(evaluation.evaluator, "task_needs", ()):
-        if not hasattr(task, member):
-            raise config_lib.ConfigError(
-                f"evals.{evaluation.name}: the evaluator {evaluation.config.type!r} needs a task "
-                f"with {member!r}, and {type(task).__name__} has none"
-            )
-    getattr(evaluation.evaluator, "prepare", lambda task: None)(task)
-    batch = _encode(task, batch)
-    try:
-        getattr(evaluation.evaluator, "check_batch", lambda batch: None)(batch)
-    except ValueError as error:
-        raise config_lib.ConfigError(f"evals.{evaluation.name}: {error}") from error
-    name, needs = evaluation.evaluator.predict, getattr(evaluation.evaluator, "needs", ())
+    where, kind = f"evals.{evaluation.name}", evaluation.config.type
+    evaluator = evaluation.evaluator
+    _, reader = _sides(evaluation, task, formatter)
+    if getattr(evaluator, "compares", False) and not hasattr(reader, "read"):
+        raise config_lib.ConfigError(
+            f"{where}: the evaluator {kind!r} compares answers, and {type(reader).__name__} reads "
+            "none from what a predictor gives"
+        )
+    name, needs = evaluator.predict, getattr(evaluator, "needs", ())
     if name not in task.predict:
         raise config_lib.ConfigError(
-            f"evals.{evaluation.name}.predict={name!r}{config_lib.nearest(name, task.predict)}"
+            f"{where}.predict={name!r}{config_lib.nearest(name, task.predict)}"
         )
-    arrays = {key: x for key, x in batch.items() if isinstance(x, np.ndarray)}
-    outputs = jax.eval_shape(task.predict[name], params, arrays, jax.random.key(0))
+    _check_options(evaluation, task.predict[name])
+    getattr(evaluator, "prepare", lambda: None)()
+    try:
+        first = _first(evaluation, task, formatter, seed)
+        getattr(evaluator, "check", lambda batch: None)(first)
+    except records.DataError:  # names the data itself
+        raise
+    except ValueError as error:
+        raise config_lib.ConfigError(f"{where}: {error}") from error
+    predictor = functools.partial(task.predict[name], **evaluation.options)
+    outputs = jax.eval_shape(predictor, params, first.arrays, jax.random.key(0))
     missing = [key for key in needs if key not in outputs]
     if missing:
         raise config_lib.ConfigError(
-            f"evals.{evaluation.name}: predict[{name!r}] gives {', '.join(sorted(outputs))}, "
-            f"and the evaluator {evaluation.config.type!r} also needs {', '.join(missing)}"
+            f"{where}: predict[{name!r}] gives {', '.join(sorted(outputs))}, "
+            f"and the evaluator {kind!r} also needs {', '.join(missing)}"
         )
 
 
-def first_batch(
-    evaluation: Evaluation, formatter: Any, seed: int, task: Any = None
-) -> dict[str, np.ndarray]:
-    """The first batch of an evaluation; fails early when its data are not there."""
-    batches = _batches(evaluation, _formatter_of(evaluation, task, formatter), seed)
+def _check_options(evaluation: Evaluation, predictor: Callable[..., Any]) -> None:
+    known = list(inspect.signature(predictor).parameters.values())[3:]
+    names = [parameter.name for parameter in known]
+    for key in set(getattr(evaluation.evaluator, "options", {})) & set(evaluation.config.options):
+        raise config_lib.ConfigError(
+            f"evals.{evaluation.name}.options.{key} follows from the evaluator's own fields "
+            f"({evaluation.config.type}); leave it out"
+        )
+    for key, value in evaluation.options.items():
+        if key not in names and not any(p.kind is p.VAR_KEYWORD for p in known):
+            raise config_lib.ConfigError(
+                f"evals.{evaluation.name}.options.{key}: "
+                f"predict[{evaluation.evaluator.predict!r}] takes no such thing"
+                f"{config_lib.nearest(key, names)}"
+            )
+        if not isinstance(value, str | int | float | bool | None):
+            raise config_lib.ConfigError(
+                f"evals.{evaluation.name}.options.{key}={value!r:.80} is no number and no text"
+            )
+
+
+def _first(evaluation: Evaluation, task: Any, formatter: Any, seed: int) -> passes.Batch:
+    """The first batch, all rows of it; fails early when its data are not there."""
+    config = dataclasses.replace(evaluation.config, max_batches=1)  # nothing is read ahead
+    evaluation = dataclasses.replace(evaluation, config=config)
+    batches = _batches(evaluation, _sides(evaluation, task, formatter), seed)
     try:
         return next(batches)
     finally:
         batches.close()
+
+
+def first_arrays(
+    evaluation: Evaluation, task: Any, formatter: Any, seed: int
+) -> Mapping[str, np.ndarray]:
+    """The arrays of the first batch of an evaluation."""
+    return _first(evaluation, task, formatter, seed).arrays
 
 
 class Runner:
@@ -188,7 +235,7 @@ class Runner:
     def __init__(self, task: Any, formatter: Any, mesh: Any, param_shardings: Any, seed: int):
         self._task, self._formatter, self._mesh = task, formatter, mesh
         self._param_shardings, self._seed = param_shardings, seed
-        self._compiled: dict[str, Callable[..., Any]] = {}
+        self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def __call__(
         self, evaluation: Evaluation, params: Any, out_dir: pathlib.Path
@@ -198,38 +245,35 @@ class Runner:
         calls = itertools.count()
         batch_size = evaluation.config.batch_size
         rows = sharding.rows_of_process(self._mesh, batch_size)
-        predictor = self._predictor(evaluation.evaluator.predict)
-        formatter = _formatter_of(evaluation, self._task, self._formatter)
+        predictor = self._predictor(evaluation)
+        sides = _sides(evaluation, self._task, self._formatter)
 
-        def predict(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-            mine = {key: x[rows] for key, x in batch.items() if isinstance(x, np.ndarray)}
-            placed = sharding.place_batch(self._mesh, mine, rows, batch_size)
+        def predict(batch: passes.Batch) -> dict[str, np.ndarray]:
+            placed = sharding.place_batch(self._mesh, batch.arrays, rows, batch_size)
             with partition.use_mesh(self._mesh):
                 # Another key every time, so that a batch can be predicted more than once.
-                return jax.tree.map(
-                    np.asarray, predictor(params, placed, jax.random.fold_in(rng, next(calls)))
-                )
+                made = predictor(params, placed, jax.random.fold_in(rng, next(calls)))
+            return jax.tree.map(lambda x: np.asarray(x)[rows], made)
 
-        def encoded(of: Evaluation) -> Iterator[dict[str, Any]]:
-            for batch in _batches(of, formatter, self._seed):
-                yield _encode(self._task, batch)
-
-        def read(fields: Mapping[str, Any]) -> Iterator[dict[str, np.ndarray]]:
+        def other(fields: Mapping[str, Any]) -> Iterator[passes.Batch]:
             name = f"evals.{evaluation.name}"
             data = config_lib.section(pipeline.DataConfig, fields, name)
             config = dataclasses.replace(evaluation.config, max_batches=0)
-            return encoded(dataclasses.replace(evaluation, data=data, config=config))
+            changed = dataclasses.replace(evaluation, data=data, config=config)
+            return _batches(changed, sides, self._seed)
 
-        folder = None
-        if jax.process_index() == 0:
-            folder = out_dir / evaluation.name
-            folder.mkdir(parents=True, exist_ok=True)
+        folder = out_dir / evaluation.name
+        folder.mkdir(parents=True, exist_ok=True)
+        owned = sharding.owned_rows(self._mesh, batch_size)
         results = evaluation.evaluator.run(
-            task=self._task,
-            predict=predict,
-            batches=encoded(evaluation),
-            read=read,
-            out_dir=folder,
+            passes.Pass(
+                batches=_batches(evaluation, sides, self._seed, rows, owned),
+                predict=predict,
+                read=lambda outputs, batch: sides[1].read(outputs, batch.hosts),
+                other=other,
+                folder=folder,
+                first=jax.process_index() == 0,
+            )
         )
         return {f"eval/{evaluation.name}/{key}": float(x) for key, x in results.items()}
 
@@ -251,35 +295,35 @@ class Runner:
             why = f"the evaluation {evaluation.name!r} failed: {commit_marker.one_line(error)}"
             return {f"eval/{evaluation.name}/failed": 1.0}, why
 
-    def _predictor(self, name: str) -> Callable[..., Any]:
-        if name not in self._compiled:
+    def _predictor(self, evaluation: Evaluation) -> Callable[..., Any]:
+        name, options = evaluation.evaluator.predict, evaluation.options
+        key = name, tuple(sorted(options.items()))
+        if key not in self._compiled:
             everywhere = sharding.replicated(self._mesh)
-            self._compiled[name] = jax.jit(
-                self._task.predict[name],
+            self._compiled[key] = jax.jit(
+                functools.partial(self._task.predict[name], **options),
                 in_shardings=(self._param_shardings, sharding.of_batch(self._mesh), everywhere),
                 out_shardings=everywhere,
             )
-        return self._compiled[name]
+        return self._compiled[key]
 
 
-def _formatter_of(evaluation: Evaluation, task: Any, formatter: Any) -> Any:
-    """The formatter of the run, or that of prompts."""
+def _sides(evaluation: Evaluation, task: Any, formatter: Any) -> tuple[Any, Any]:
+    """What makes examples of records, and what reads outputs: of prompts, or those of the run."""
     fields = evaluation.config.formatter
     if not fields:
-        return formatter
+        reader = getattr(task, "row_reader", lambda formatter: formatter)(formatter)
+        return formatter, reader
     name = f"evals.{evaluation.name}.formatter"
     if not hasattr(task, "prompt_formatter"):
         raise config_lib.ConfigError(
             f"{name}: {type(task).__name__} makes no prompts; leave it out to use the run's own"
         )
     try:
-        return config_lib.call(functools.partial(task.prompt_formatter, formatter), fields, name)
+        made = config_lib.call(functools.partial(task.prompt_formatter, formatter), fields, name)
     except (TypeError, ValueError) as error:
         raise config_lib.ConfigError(f"{name}: {error}") from error
-
-
-def _encode(task: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    return getattr(task, "encode_batch", lambda batch: batch)(batch)
+    return made, made
 
 
 def _empty_path(values: Any, name: str) -> str:
@@ -298,15 +342,38 @@ def _say_once(message: str) -> None:
         print(f"[evaluate] {message}", file=sys.stderr)
 
 
-def _batches(evaluation: Evaluation, formatter: Any, seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """One pass in order. Every process reads all rows: evaluators see whole batches."""
+def _batches(
+    evaluation: Evaluation,
+    sides: tuple[Any, Any],
+    seed: int,
+    rows: np.ndarray | None = None,
+    owned: np.ndarray | None = None,
+) -> Iterator[passes.Batch]:
+    """One pass in order.
+
+    Args:
+      sides: formatter and reader.
+      rows: of a global batch, those that this process reads; None is all.
+      owned: those of them that it scores; None is all of them.
+    """
+    formatter, reader = sides
+    size = evaluation.config.batch_size
+    rows = np.arange(size) if rows is None else rows
+    mine = np.ones(len(rows), bool) if owned is None else np.isin(rows, owned)
     batches = pipeline.one_pass(
         evaluation.data,
         formatter,
-        batch_size=evaluation.config.batch_size,
+        batch_size=size,
         max_batches=evaluation.config.max_batches,
         seed=seed,
+        rows=rows,
     )
-    for batch in batches:
-        # Packed rows say by their weights which of them are only there to fill the batch.
-        yield batch if "valid" in batch else {**batch, "valid": batch["weights"].any(axis=1)}
+    compares = getattr(evaluation.evaluator, "compares", False)
+    with contextlib.closing(batches):
+        for batch in batches:
+            arrays, hosts = batch.arrays, batch.hosts
+            # Packed rows say by their weights which of them are only there to fill the batch.
+            valid = arrays["valid"] if "valid" in arrays else arrays["weights"].any(axis=1)
+            if hasattr(reader, "collate"):
+                arrays, hosts = reader.collate(arrays, hosts, truth=compares)
+            yield passes.Batch(arrays, hosts, valid & mine, batch.step * size + rows)

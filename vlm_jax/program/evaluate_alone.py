@@ -131,11 +131,15 @@ def run(
 
 def _compare(subject, recipe, workdir, meta, make, evaluations) -> Subject:
     """With what differs from training as its settings; refuses another meaning."""
-    step = subject.step
+    step, seed = subject.step, recipe.train.seed
     saved = {**step.meta, "config": step.config}
 
     def rows_of(formatter):
-        return [evaluate.first_batch(e, formatter, recipe.train.seed) for e in evaluations[:1]]
+        plain = [dataclasses.replace(e.config, formatter={}) for e in evaluations[:1]]
+        return [
+            evaluate.first_arrays(dataclasses.replace(e, config=config), None, formatter, seed)
+            for e, config in zip(evaluations, plain)
+        ]
 
     other = resume.changed_meaning(saved, meta, make, rows_of)
     if not recipe.init.insist:

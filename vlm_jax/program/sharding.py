@@ -163,6 +163,20 @@ def rows_of_process(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.array(sorted(rows), np.int64)
 
 
+def owned_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Of `rows_of_process`, those that no process before this one needs too.
+
+    So every row of a global batch has one owner.
+    """
+    shares = of_batch(mesh).devices_indices_map((batch_size,))
+    owner: dict[int, int] = {}
+    for device, (index,) in shares.items():
+        for row in range(batch_size)[index]:
+            owner[row] = min(owner.get(row, device.process_index), device.process_index)
+    mine = jax.process_index()
+    return np.array(sorted(row for row, process in owner.items() if process == mine), np.int64)
+
+
 def place_batch(
     mesh: Mesh, arrays: Mapping[str, np.ndarray], rows: np.ndarray, batch_size: int
 ) -> dict[str, jax.Array]:

@@ -10,10 +10,11 @@ The example, stacked to a batch (n context images, m targets, S the side of the 
     prompt_ids, target_ids   int32[n, size]        instead of the pictures, from such records
     num_prompt, num_target   int32                 how many of them are there
     lead                     int32[L]              ids in front (BOS), or none
-    label, fold              int32                 class and fold of benchmarks, -1 for none
-    last_size                int32[2]              height and width of the last input as it came
+    host                     Host                  its images; the true ones are `truth.images`;
+                                                   the size of the last input as it came; `output`;
+                                                   class and fold as `tags`, -1 for none
 
-`encode` makes of it what the predictors read, see there.
+`collate` makes of a batch what the predictors read, see `encode`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax import answer
 from vlm_jax.data import images, records
 
 
@@ -37,6 +39,7 @@ class Formatter:
       side: pixels; 0 takes records of ids only.
       size: ids of an image.
       lead_ids: in front of every prompt.
+      tokenizer: -> the `encoders.image_tokenizer.ImageTokenizer`; None where there are ids only.
     """
 
     images: int
@@ -44,6 +47,7 @@ class Formatter:
     side: int
     size: int
     lead_ids: tuple[int, ...] = ()
+    tokenizer: Callable[[], Any] | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self):
         if self.images < 1 or self.targets < 1:
@@ -55,8 +59,8 @@ class Formatter:
         Raises:
           BadRecordError: no image, or more than fit.
         """
-        example = {"lead": np.array(self.lead_ids, np.int32)}
-        last_size = (0, 0)
+        example: dict[str, Any] = {"lead": np.array(self.lead_ids, np.int32)}
+        last_size, shown = (0, 0), {"prompt": (), "target": ()}
         for key, room in (("prompt", self.images), ("target", self.targets)):
             if "prompt_ids" in record:
                 ids = _whole_images(record.get(f"{key}_ids", ()), self.size)
@@ -70,6 +74,7 @@ class Formatter:
                 if not self.side:
                     raise records.DataError("pictures need task.tokenizer; 'tiny' or a folder")
                 small = [images.resize(picture, self.side) for picture in pictures]
+                shown[key] = tuple(small)
                 blank = np.zeros((0, self.side, self.side, 3), np.uint8)
                 example[f"{key}_u8"] = _fill(np.stack(small) if small else blank, room, key)
                 count = len(pictures)
@@ -78,13 +83,44 @@ class Formatter:
             example[f"num_{key}"] = np.int32(count)
         if not example["num_prompt"]:
             raise records.BadRecordError("the prompt is empty; LVM continues at least one image")
+        tags = {}
         for key in ("label", "fold"):
             number = record.get(key, -1)
             if not isinstance(number, int | np.integer) or not -(2**31) <= number < 2**31:
                 raise records.BadRecordError(f"{key} is {number!r:.60}, not an integer")
-            example[key] = np.int32(number)
-        example["last_size"] = np.array(last_size, np.int32)
+            tags[key] = int(number)
+        example["host"] = answer.Host(
+            truth=answer.Answer(images=tuple(map(images.to01, shown["target"]))),
+            size=last_size,
+            images=shown["prompt"],
+            output=str(record.get("output", "")),
+            tags=tags,
+        )
         return example
+
+    def collate(
+        self, arrays: Mapping[str, np.ndarray], hosts: list[answer.Host], *, truth: bool
+    ) -> tuple[dict[str, np.ndarray], list[answer.Host]]:
+        """A batch as the predictors read it, see `encode`; the tokenizer runs once for it."""
+        del truth  # the pictures are there already
+        to_ids = self.tokenizer().encode_u8 if self.tokenizer and "prompt_u8" in arrays else None
+        return encode(arrays, to_ids, self.size), hosts
+
+    def read(
+        self, outputs: Mapping[str, np.ndarray], hosts: list[answer.Host]
+    ) -> list[answer.Answer]:
+        """The images of ids int32[B, n, size] or int32[B, n * size]."""
+        if self.tokenizer is None:
+            raise records.DataError("ids become pictures by task.tokenizer; 'tiny' or a folder")
+        return answers_of(outputs["ids"], self.tokenizer(), self.size)
+
+
+def answers_of(ids: np.ndarray, tokenizer: Any, size: int) -> list[answer.Answer]:
+    """Answers with the images of ids int32[B, n, size] or int32[B, n * size]."""
+    ids = np.asarray(ids)
+    images01 = tokenizer.decode(ids.reshape(-1, size))
+    rows = images01.reshape(len(ids), -1, *images01.shape[1:])
+    return [answer.Answer(images=tuple(row)) for row in rows]
 
 
 def _whole_images(value: Any, size: int) -> np.ndarray:
@@ -110,7 +146,7 @@ def _fill(rows: np.ndarray, room: int, key: str) -> np.ndarray:
 def encode(
     batch: Mapping[str, Any], to_ids: Callable[[np.ndarray], np.ndarray], size: int
 ) -> dict[str, Any]:
-    """A batch of prompts as ids. Pictures move to `pictures`, which stays on the host.
+    """A batch of prompts as ids.
 
     With lead ids l, context images A B and target C, two ids each; a shorter prompt is padded on
     the left of `prompt`, and on the right of the rows, where causality hides it:
@@ -119,6 +155,8 @@ def encode(
         tokens         l A A B B C                      segments       1 1 1 1 1 1
         targets        A A B B C C                      weights        0 0 0 0 1 1
         target_ids     [[C C]]                          positions      0 1 2 3 4 5
+
+    and prompt_images bool[n], which of the context images are there.
 
     Args:
       batch: see the module.
@@ -131,7 +169,6 @@ def encode(
     lead = batch.pop("lead")
     if pictures:
         _encode_pictures(batch, pictures, counts, to_ids, size)
-        batch["pictures"] = {**pictures, **{f"num_{key}": x for key, x in counts.items()}}
     prompt_ids, target_ids = batch.pop("prompt_ids"), batch["target_ids"]
     rows, n = prompt_ids.shape[:2]
     m, length = target_ids.shape[1], lead.shape[1] + n * size
@@ -152,6 +189,7 @@ def encode(
         scored_bt[row, len(context) : used_b[row]] = True
     places = np.arange(total - 1, dtype=np.int32)
     return batch | {
+        "prompt_images": np.arange(n) < counts["prompt"][:, None],
         "tokens": ids_bt[:, :-1],
         "targets": ids_bt[:, 1:],
         "weights": scored_bt[:, 1:].astype(np.float32),

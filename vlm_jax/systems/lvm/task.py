@@ -4,8 +4,8 @@
                      └ predict["score"]     log-probability of every target
                      └ predict["continue"]  ids of the images after the context
 
-Images exist only at the edges: `tools` tokenize them before training, `encode_batch` the prompts of
-evaluations, and `pictures` and `decode_batch` decode ids with the frozen tokenizer afterwards.
+Images exist only at the edges, on the host: `tools` tokenize them before training, the formatters
+of evaluations (prompts.py, rows.py) encode prompts and decode ids with the frozen tokenizer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vlm_jax.models import llama
 from vlm_jax.nn import functional
 from vlm_jax.ops import losses
 from vlm_jax.program import config as config_lib
-from vlm_jax.systems.lvm import prompts, token_files
+from vlm_jax.systems.lvm import prompts, rows, token_files
 
 _NOT_NEGATIVE = (
     "loss_chunk", "context_images", "lead_tokens", "image_side", "temperature", "top_k"
@@ -156,13 +156,13 @@ class LvmTask:
 
     def units_per_step(self, batch) -> tuple[str, float]:
         """Tokens per update."""
-        rows, length = batch["tokens"].shape
-        return "tokens", float(rows * length)
+        count, length = batch["tokens"].shape
+        return "tokens", float(count * length)
 
     def flops_per_step(self, batch) -> float:
         """Model FLOPs of one update; attention counts its causal half."""
-        rows, length = batch["tokens"].shape
-        return rows * length * llama.flops_per_token(self.cfg, length, causal_half=True)
+        count, length = batch["tokens"].shape
+        return count * length * llama.flops_per_token(self.cfg, length, causal_half=True)
 
     def prompt_formatter(
         self, formatter: Any, *, images: int, targets: int = 1, lead: bool = True
@@ -192,57 +192,19 @@ class LvmTask:
             side=self._image_tokenizer().side if self.tokenizer else 0,
             size=self.tokens_per_image,
             lead_ids=tuple(map(int, lead_ids)),
+            tokenizer=self._image_tokenizer if self.tokenizer else None,
         )
 
-    def encode_batch(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Prompts as ids, their pictures through the tokenizer; other batches as they are."""
-        if "num_prompt" not in batch:
-            return batch
-
-        def to_ids(pictures_u8):
-            return self._image_tokenizer().encode_u8(pictures_u8)
-
-        return prompts.encode(batch, to_ids, self.tokens_per_image)
-
-    def decode_batch(self, outputs: Mapping[str, Any]) -> np.ndarray:
-        """float32[B, n, S, S, 3] of ids int32[B, n, size] or int32[B, n * size]."""
-        ids = np.asarray(outputs["ids"])
-        images01 = self._image_tokenizer().decode(ids.reshape(-1, self.tokens_per_image))
-        return images01.reshape(len(ids), -1, *images01.shape[1:])
-
-    def pictures(self, outputs, batch) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
-        """Rows of (context, generated, true) images and their scores, for predict["continue"].
-
-        Returns:
-          One dict (label, columns, images: uint8[H, W, 3]) and one dict of scalars per row:
-          `token_match`, the share of generated ids that are the true ones.
-        """
-        tokenizer = self._image_tokenizer()
-        context, size = self.context_images, self.tokens_per_image
-        end = self.lead_tokens + context * size
-        ids = np.concatenate(
-            [
-                batch["tokens"][:, self.lead_tokens : end],
-                outputs["ids"],
-                # Target t is token t+1.
-                batch["targets"][:, end - 1 : end - 1 + size],
-            ],
-            axis=1,
+    def row_reader(self, formatter: Any) -> rows.RowReader:
+        """For evaluations on the rows of a run."""
+        del formatter
+        return rows.RowReader(
+            context_images=self.context_images,
+            lead_tokens=self.lead_tokens,
+            size=self.tokens_per_image,
+            codebook_size=self.codebook_size,
+            tokenizer=self._image_tokenizer,
         )
-        ids = np.clip(ids, 0, self.codebook_size - 1).reshape(-1, size)
-        shown = tokenizer.decode_u8(ids).reshape(len(batch["tokens"]), context + 2, -1)
-        side = tokenizer.side
-        columns = [f"context {i + 1}" for i in range(context)] + ["generated", "true"]
-        made, true = outputs["ids"], batch["targets"][:, end - 1 : end - 1 + size]
-        rows = [
-            {
-                "label": _caption(names),
-                "columns": columns,
-                "images": list(row.reshape(-1, side, side, 3)),
-            }
-            for row, names in zip(shown, batch["record_ids"])
-        ]
-        return rows, [{"token_match": float((a == b).mean())} for a, b in zip(made, true)]
 
     def _hidden(self, module, batch):
         segments = batch["segments"] if self.attention == "documents" else None
@@ -258,9 +220,13 @@ class LvmTask:
         logits_btv = module.logits(self._hidden(module, batch))
         return {"logp": losses.token_logp(logits_btv, batch["targets"])}
 
-    def _continue(self, params, batch, rng):
-        """Ids of the next image after `context_images` of a row, or of all targets of a prompt."""
-        size = self.tokens_per_image
+    def _continue(self, params, batch, rng, *, temperature=None, top_k=None, top_p=None):
+        """Ids of the next image after `context_images` of a row, or of all targets of a prompt.
+
+        Of rows also token_match float32[B], the share of ids that are the true ones. None is what
+        the task says.
+        """
+        size, true_ids = self.tokens_per_image, None
         if "prompt" in batch:
             prompt_bt, valid_bt = batch["prompt"], batch["prompt_valid"]
             new = batch["target_ids"].shape[1] * size
@@ -272,48 +238,28 @@ class LvmTask:
                     f"context images of {size} ids and one more; lower task.context_images"
                 )
             prompt_bt, valid_bt, new = batch["tokens"][:, :end], None, size
+            true_ids = batch["targets"][:, end - 1 : end - 1 + size]  # target t is token t + 1
         params, cfg = llama.decode_form(params, self.cfg)
         module = llama.make(cfg).bind(params)
         cache = llama.make_cache(cfg, prompt_bt.shape[0], prompt_bt.shape[1] + new)
         sampler = sampling.Sampler(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
+            temperature=self.temperature if temperature is None else temperature,
+            top_k=self.top_k if top_k is None else top_k,
+            top_p=self.top_p if top_p is None else top_p,
             suppress_from=self.codebook_size,
         )
         ids = generate.generate(
             module.step, cache, prompt_bt, new, rng, sampler=sampler, valid_bt=valid_bt
         )
-        return {"ids": jnp.squeeze(ids, 1)}
+        ids = jnp.squeeze(ids, 1)
+        if true_ids is None:
+            return {"ids": ids}
+        return {"ids": ids, "token_match": (ids == true_ids).mean(axis=1, dtype=jnp.float32)}
 
     def _image_tokenizer(self) -> Any:
         return _tokenizer(
             self.tokenizer, self.image_side, self.codebook_size, self.tokens_per_image
         )
-
-
-# Kind of a sentence, the last word of the name of its file -> what is given and what is asked.
-CAPTIONS = {
-    "video": "frames of a video: what comes next?",
-    "pan": "a window moves over a photo: what comes next?",
-    "colour": "grey, in colour, grey, ...: the last one in colour",
-    "group": "photos of a class, then of another: one more of the class",
-    "inpaint": "with holes, whole, ...: the last one whole",
-    "mask": "scene, its mask, scene, ...: the mask of the last one",
-    "box": "scene, box of the thing, ...: the box in the last one",
-    "edges": "scene, its edges, ...: the edges of the last one",
-    "photo": "grey, in colour, grey, ...: the last one in colour",
-    "motion": "a thing moves over a ground: what comes next?",
-}
-
-
-def _caption(names: list[str]) -> str:
-    """'heldout_video.array_record:3' -> 'frames of a video: ... (3)', to label a row."""
-    if not names:
-        return ""
-    file, _, number = names[0].rpartition("/")[2].rpartition(":")
-    kind = file.partition(".")[0].rpartition("_")[2]
-    return f"{CAPTIONS.get(kind, kind)} ({number})"
 
 
 @functools.lru_cache(maxsize=2)

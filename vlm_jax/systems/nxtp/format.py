@@ -8,7 +8,7 @@
     segments        int32[B, T]        1 marker to prompt, then labels; 0: see `masks.labels`
     label_positions int32[B, T]        places when every label starts again behind the prompt
     prompt          int32[B, Q]        marker, BOS, first template: what inference begins with
-    labels_u8       uint8[B, L]        the labels as text, see `labels.from_bytes`
+    host            Host               the labels as its truth, the photo as its image
 
 Places count from the marker; the network adds those of the image. BOS, prompt, labels and
 delimiters are targets; EOS is an input and never a target.
@@ -25,7 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax import answer
 from vlm_jax.data import images, records
+from vlm_jax.decoding import label_lists
+from vlm_jax.program import config as config_lib
 from vlm_jax.systems.nxtp import labels as labels_lib
 from vlm_jax.systems.nxtp import vocabulary
 
@@ -49,7 +52,6 @@ class Formatter:
       drop_empty: rows without labels have no loss; else they teach the end of the prompt, as in the
         reference.
       tagger: of captions, see `labels.make_tagger`.
-      max_label_bytes: L; labels that do not fit are missing from `labels_u8` alone.
     """
 
     tokenizer: str = ""
@@ -60,7 +62,6 @@ class Formatter:
     last_label: str = "released"
     drop_empty: bool = False
     tagger: str = "nltk"
-    max_label_bytes: int = 512
 
     def __post_init__(self):
         if self.prompts not in ("ten", "first"):
@@ -83,10 +84,28 @@ class Formatter:
           BadRecordError: no picture that can be read, labels that are no text.
           DataError: no picture or no text among the record's keys.
         """
-        image_u8 = crop(picture_of(record), self.image_size)
+        picture_u8 = picture_of(record)
+        image_u8 = crop(picture_u8, self.image_size)
         labels = labels_lib.of_record(record, self.tagger)
-        row = self.rows(labels, rng)
-        return {"image_u8": image_u8, **row}
+        host = answer.Host(
+            truth=answer.Answer(labels=tuple((label, 1.0) for label in labels)),
+            size=picture_u8.shape[:2],
+            images=(image_u8,),
+        )
+        return {"image_u8": image_u8, **self.rows(labels, rng), "host": host}
+
+    def read(
+        self, outputs: Mapping[str, np.ndarray], hosts: list[answer.Host]
+    ) -> list[answer.Answer]:
+        """What predict["one_shot"] found; labels that were cut off are left out."""
+        del hosts
+        words = self.vocabulary
+        answers = []
+        for row in zip(*(outputs[name] for name in ("ids", "probs", "lengths")), strict=True):
+            groups = label_lists.one_shot_groups(*row, words.delimiter_id)
+            ranked = label_lists.rank(groups, words.decode, delimiter_id=words.delimiter_id)
+            answers.append(answer.Answer(labels=tuple((x.text, x.score) for x in ranked)))
+        return answers
 
     def rows(self, labels: Sequence[str], rng: Any = None) -> dict[str, np.ndarray]:
         """All of an example but the picture."""
@@ -100,7 +119,6 @@ class Formatter:
         row = self.encode(prompt, shown)
         if self.drop_empty and not shown:
             row["weights"][:] = 0
-        row["labels_u8"] = labels_lib.to_bytes(labels, self.max_label_bytes)
         return row
 
     def encode(self, prompt: str, labels: Sequence[str]) -> dict[str, np.ndarray]:
@@ -135,7 +153,10 @@ class Formatter:
         }
 
 
-make_formatter = Formatter
+def make_formatter(*, max_label_bytes: int = 0, **fields: Any) -> Formatter:
+    """The formatter of a recipe. Older recipes have `max_label_bytes`, which nothing needs now."""
+    del max_label_bytes
+    return config_lib.section(Formatter, fields, "formatter")
 
 
 def restarted(segments: np.ndarray) -> np.ndarray:

@@ -32,8 +32,6 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-
 from vlm_jax.data import records
 
 # upstream: src/dataset.py at its newest commit. Order matters.
@@ -140,28 +138,6 @@ def from_tagged(tagged: Iterable[tuple[str, str]], lemma) -> list[str]:
     """Tagged tokens -> labels. Words are made unique before they are made singular."""
     words = dict.fromkeys(word for word, tag in tagged if tag in NOUN_TAGS and not _digits(word))
     return [label for label in map(lemma, words) if len(label) >= MIN_LETTERS]
-
-
-def to_bytes(labels: Sequence[str], size: int) -> np.ndarray:
-    """Labels as uint8[size], for a batch: UTF-8, joined by commas, zeros behind.
-
-    Labels that do not fit are left out, from the first one on.
-    """
-    kept, used = [], 0
-    for label in labels:
-        content = label.encode()
-        used += len(content) + bool(kept)
-        if used > size:
-            break
-        kept.append(content)
-    content = DELIMITER.encode().join(kept)
-    return np.frombuffer(content.ljust(size, b"\0"), np.uint8).copy()
-
-
-def from_bytes(content_u8: np.ndarray) -> list[str]:
-    """The labels of `to_bytes`."""
-    text = np.asarray(content_u8, np.uint8).tobytes().rstrip(b"\0").decode()
-    return text.split(DELIMITER) if text else []
 
 
 def make_tagger(name: str) -> Tagger:

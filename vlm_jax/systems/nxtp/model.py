@@ -81,7 +81,7 @@ class Nxtp(saving.Model):
         del copy_shipped  # nothing in it comes with the package
         file, write = self.words.file()
         task, formatter = (dict(self._sections.get(name, {})) for name in ("task", "formatter"))
-        task |= dict(delimiter_id=self.words.delimiter_id, tokenizer=f"{{workdir}}/{file}")
+        task |= dict(delimiter_id=self.words.delimiter_id)
         formatter |= dict(tokenizer=f"{{workdir}}/{file}", image_size=self.cfg.vision.image_size)
         return saving.Parts(
             system="nxtp",

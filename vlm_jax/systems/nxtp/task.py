@@ -24,14 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.decoding import label_lists, one_shot
+from vlm_jax.decoding import one_shot
 from vlm_jax.models import clip, llama
 from vlm_jax.nn import functional
 from vlm_jax.ops import losses, masks
 from vlm_jax.program import config as config_lib
-from vlm_jax.systems.nxtp import labels as labels_lib
+from vlm_jax.systems.nxtp import format as format_lib
 from vlm_jax.systems.nxtp import network as network_lib
-from vlm_jax.systems.nxtp import vocabulary
 from vlm_jax.weights import lpips
 
 
@@ -45,10 +44,10 @@ class NxtpTask:
         (`masks.prefix`) and "causal".
       positions: "absolute" counts through the row, "labels" starts every label at the same place.
       loss_chunk: positions whose logits exist at once; 0 makes all logits.
-      k: labels of predict["one_shot"].
-      max_tokens: limit of a label, its delimiter included; upstream: max_update_iter - 1.
+      k: labels of predict["one_shot"], where its option `k` does not say.
+      max_tokens: limit of a label, its delimiter included, where the option `max_tokens` does not
+        say; upstream: max_update_iter - 1.
       delimiter_id: of the tokenizer, 29892 in LLaMA's.
-      tokenizer: file that `labels` reads; the formatter's.
     """
 
     cfg: network_lib.NxtpConfig
@@ -58,7 +57,6 @@ class NxtpTask:
     k: int = 10
     max_tokens: int = 19
     delimiter_id: int = 29892
-    tokenizer: str = ""
 
     sharding_rules = network_lib.SHARDING_RULES
 
@@ -139,6 +137,17 @@ class NxtpTask:
         )
         return hidden_bsd[:, num_image:]
 
+    def check_data(self, data: Any, formatter: Any, name: str) -> None:
+        """Raises ConfigError unless labels end for the formatter where they end for the model."""
+        del data, name
+        if not isinstance(formatter, format_lib.Formatter):
+            return
+        if (found := formatter.vocabulary.delimiter_id) != self.delimiter_id:
+            raise config_lib.ConfigError(
+                f"task.delimiter_id={self.delimiter_id}, but the delimiter of formatter.tokenizer="
+                f"{formatter.tokenizer} is {found}; set it to that"
+            )
+
     def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
         """Raises ConfigError when a batch cannot be learned from by this model."""
         side, (_, height, width, _) = self.cfg.vision.image_size, batch["image_u8"].shape
@@ -159,7 +168,7 @@ class NxtpTask:
                 f"token id {largest} for a decoder of {self.cfg.decoder.vocab_size} ids (the two "
                 "added ones counted): formatter.tokenizer is another model's"
             )
-        self._check_tokenizers(batch["prompt"][0])
+        self._check_tokenizer(batch["prompt"][0])
         if not np.any(batch["weights"]):
             raise config_lib.ConfigError("no token of the first batch carries loss; check the data")
         segments, tokens = batch["segments"], batch["tokens"]
@@ -177,8 +186,8 @@ class NxtpTask:
                 "take that of formatter.tokenizer"
             )
 
-    def _check_tokenizers(self, prompt_t: np.ndarray) -> None:
-        """The formatter's tokenizer, which made the prompt, and the task's are the model's."""
+    def _check_tokenizer(self, prompt_t: np.ndarray) -> None:
+        """The formatter's tokenizer, which made the prompt, is the model's."""
         num_ids = self.cfg.decoder.vocab_size
         marker = int(prompt_t[0])
         if marker != self.cfg.image_id:
@@ -188,53 +197,6 @@ class NxtpTask:
                 f"row than the one that is trained. Set it to {marker + network_lib.NUM_ADDED} "
                 "(of a padded table the rows in use are loaded), or take the model's own tokenizer"
             )
-        if not self.tokenizer:
-            return
-        words = vocabulary.load(self.tokenizer)
-        if (words.size, words.delimiter_id) != (num_ids, self.delimiter_id) or (
-            list(words.prompt()) != prompt_t.tolist()
-        ):
-            raise config_lib.ConfigError(
-                f"task.tokenizer={self.tokenizer} has {words.size} ids and the delimiter "
-                f"{words.delimiter_id}; the model has {num_ids}, task.delimiter_id is "
-                f"{self.delimiter_id}, and formatter.tokenizer writes its prompt "
-                f"{prompt_t.tolist()} where this one writes {list(words.prompt())}"
-            )
-
-    def labels(self, outputs, batch, k: int | None = None):
-        """What predict["one_shot"] found, on the host.
-
-        Args:
-          outputs: of the predictor.
-          batch: which it was given.
-          k: only the k likeliest first tokens: what a run with that k gives. None is all.
-
-        Returns:
-          Per row ([label, ...], [score, ...]), best first; labels that were cut off are left out.
-
-        Raises:
-          ValueError: the predictor gave fewer than k.
-        """
-        del batch
-        found = {name: np.asarray(outputs[name]) for name in ("ids", "probs", "lengths")}
-        given = found["ids"].shape[1]
-        if k is not None and k > given:
-            raise ValueError(f"{k} labels are wanted of task.k={given}; raise task.k")
-        words = vocabulary.load(self.tokenizer)
-        rows = []
-        for row in zip(*(x[:, :k] for x in found.values())):
-            groups = label_lists.one_shot_groups(*row, self.delimiter_id)
-            ranked = label_lists.rank(groups, words.decode, delimiter_id=self.delimiter_id)
-            rows.append(([x.text for x in ranked], [x.score for x in ranked]))
-        return rows
-
-    def references(self, batch) -> list[list[str]]:
-        """The true labels of every row."""
-        return [labels_lib.from_bytes(row) for row in batch["labels_u8"]]
-
-    def photos(self, batch) -> np.ndarray:
-        """uint8[B, S, S, 3], as the network sees them."""
-        return batch["image_u8"]
 
     def units_per_step(self, batch) -> tuple[str, float]:
         """Images per update."""
@@ -253,16 +215,24 @@ class NxtpTask:
         logits_btv = module.decoder.logits(self.hidden(module, batch))
         return {"logp": losses.token_logp(logits_btv, batch["targets"])}
 
-    def _one_shot(self, params, batch, rng):
+    def _one_shot(self, params, batch, rng, *, k=None, max_tokens=None):
         del rng
+        k = self.k if k is None else k
+        max_tokens = self.max_tokens if max_tokens is None else max_tokens
+        num_ids = self.cfg.decoder.vocab_size - network_lib.NUM_ADDED
+        if not 1 <= k <= num_ids or max_tokens < 1:
+            raise config_lib.ConfigError(
+                f"{k} labels of {max_tokens} tokens are wanted; it must be 1 to {num_ids} labels, "
+                "the vocabulary's size, of one token at least"
+            )
         module = self.network.bind(params)
         x_bsd = module.inputs(clip.normalize(batch["image_u8"]), batch["prompt"])
         decode_params, decode_cfg = llama.decode_form(params["decoder"], self.cfg.decoder)
         found = one_shot.decode(
             network_lib.make_decoder(decode_cfg).bind(decode_params),
             x_bsd.astype(decode_cfg.dtype),
-            k=self.k,
-            max_tokens=self.max_tokens,
+            k=k,
+            max_tokens=max_tokens,
             delimiter_id=self.delimiter_id,
             prefix_block=self.cfg.num_image,
         )
@@ -297,4 +267,5 @@ def make_task(model: Mapping[str, Any], **task: Any) -> NxtpTask:
             message = str(error).replace("model.", f"model.{name}.")
             raise config_lib.ConfigError(message) from error
     cfg = network_lib.NxtpConfig(**parts)
+    task.pop("tokenizer", None)  # older recipes name the formatter's file here too
     return config_lib.section(NxtpTask, {"cfg": cfg, **task}, "task")

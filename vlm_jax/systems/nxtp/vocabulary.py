@@ -170,7 +170,7 @@ def load(path: str | os.PathLike) -> Vocabulary:
     """
     if not path:
         raise records.DataError(
-            "no tokenizer is named: set it (formatter.tokenizer and task.tokenizer in a recipe) to "
+            "no tokenizer is named: set it (formatter.tokenizer in a recipe) to "
             "a SentencePiece tokenizer.model, a tokenizer.json or a .gguf file"
         )
     file = find(path)
