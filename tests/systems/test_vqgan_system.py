@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from tests.evaluators import fakes
 from vlm_jax.data import images, records
 from vlm_jax.encoders import image_tokenizer
-from tests.evaluators import fakes
 from vlm_jax.evaluators import reconstruction
 from vlm_jax.metrics import image_quality
 from vlm_jax.models import vqgan as network
