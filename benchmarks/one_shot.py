@@ -23,10 +23,9 @@ import jax.numpy as jnp
 import machine
 import numpy as np
 
-from vlm_jax.decoding import label_lists, one_shot
+from vlm_jax.decoding import one_shot
 from vlm_jax.models import clip, llama
-from vlm_jax.systems.nxtp import network
-from vlm_jax.weights import nxtp as weights
+from vlm_jax.systems.nxtp import label_lists, network, weights
 
 TOKENS = 4  # of a label
 TINY = network.NxtpConfig(

@@ -1,7 +1,6 @@
 """docs/metrics.md names every number that training and evaluations give."""
 
 import pathlib
-import pkgutil
 import re
 
 import jax
@@ -9,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests import test_describe
-from tests.evaluators import fakes, test_few_shot_scores, test_label_match_evaluator
+from tests.evaluators import fakes, test_few_shot_scores
 from tests.evaluators import test_context_perplexity as context_rows
-from vlm_jax import evaluators
+from tests.systems import test_nxtp_label_evaluator
 from vlm_jax import task as task_lib
 from vlm_jax.data import images
 from vlm_jax.evaluators import (
@@ -26,7 +25,7 @@ from vlm_jax.program import optim, train
 from vlm_jax.program import run as run_lib
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "metrics.md"
-embedder = test_label_match_evaluator.embedder  # a fixture
+embedder = test_nxtp_label_evaluator.embedder  # a fixture
 
 
 def explained(heading):
@@ -85,7 +84,7 @@ def of_generation():
 
 
 def of_label_match():
-    of = test_label_match_evaluator
+    of = test_nxtp_label_evaluator
     train_batch = of.photos(0, 1)
     evaluator = of.evaluator(baseline={"mixture": {"m": {"type": "memory"}}})
     return of.run(evaluator, of.ANSWERS, [of.photos(0)], train=[train_batch])
@@ -116,7 +115,7 @@ def test_every_score_is_explained(monkeypatch):
         "reconstruction": of_reconstruction(monkeypatch),
         "image_grid": {"token_match": 0},  # of LvmTask
     }
-    assert set(scores) == {module.name for module in pkgutil.iter_modules(evaluators.__path__)}
+    assert set(scores) == set(task_lib.known("evaluators"))
     for name, found in scores.items():
         check(f"`{name}`", found)
 

@@ -14,13 +14,16 @@ A system is a module with
     command_line                                   optional: module behind `vlm_jax.predict NAME`
 
 `resolve("lvm", "systems")` is `vlm_jax.systems.lvm`; a dotted name is imported as it stands, so
-a paper may live outside this repository. Datasets and evaluators resolve by the same rule.
+a paper may live outside this repository. Datasets and evaluators resolve by the same rule; those
+that one system uses live in `vlm_jax/systems/<system>/<kind>/` and are named alike.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
+import pathlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -138,7 +141,7 @@ def resolve(name: str, kind: str, members: Sequence[str] = ()) -> ModuleType:
 
 
 def _import(name: str, kind: str) -> ModuleType:
-    full = name if "." in name.lstrip(".") else f"vlm_jax.{kind}.{name}"
+    full = name if "." in name.lstrip(".") else f"{_home(name, kind)}.{name}"
     try:
         return importlib.import_module(full)
     except ModuleNotFoundError as error:
@@ -153,5 +156,30 @@ def _import(name: str, kind: str) -> ModuleType:
 
 def known(kind: str) -> list[str]:
     """Names of the modules of this kind, for example of all systems."""
-    package = importlib.import_module(f"vlm_jax.{kind}")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return sorted(_homes(kind))
+
+
+def _home(name: str, kind: str) -> str:
+    return _homes(kind).get(name, f"vlm_jax.{kind}")
+
+
+@functools.cache
+def _homes(kind: str) -> dict[str, str]:
+    """Module -> its package: vlm_jax/<kind>, or vlm_jax/systems/<system>/<kind>, found on disk.
+
+    Raises:
+      ConfigError: two systems have one of the same name.
+    """
+    root = pathlib.Path(__file__).parent
+    folders = {f"vlm_jax.{kind}": root / kind} | {
+        f"vlm_jax.systems.{folder.parent.name}.{kind}": folder
+        for folder in sorted(root.glob(f"systems/*/{kind}"))
+    }
+    homes: dict[str, str] = {}
+    for package, folder in folders.items():
+        for module in pkgutil.iter_modules([str(folder)]):
+            if homes.setdefault(module.name, package) != package:
+                raise config.ConfigError(
+                    f"both {homes[module.name]} and {package} have {module.name!r}"
+                )
+    return homes

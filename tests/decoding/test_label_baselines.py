@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax.decoding import beam, label_sequence, sampling
+from vlm_jax.decoding import beam, sampling
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
 from vlm_jax.ops import masks
+from vlm_jax.systems.nxtp import label_sequence
 from vlm_jax.weights import llama as weights
 from vlm_jax.weights import readers
 

@@ -14,7 +14,8 @@ from vlm_jax.ops import losses, masks
 from vlm_jax.program import optim
 from vlm_jax.systems.nxtp import format as format_lib
 from vlm_jax.systems.nxtp import network, task, vocabulary
-from vlm_jax.weights import nxtp, readers
+from vlm_jax.systems.nxtp import weights as nxtp
+from vlm_jax.weights import readers
 
 
 class Golden:

@@ -11,7 +11,8 @@ from PIL import Image
 import vlm_jax
 from vlm_jax.data import images, records
 from vlm_jax.systems.nxtp import model as model_lib
-from vlm_jax.weights import errors, nxtp, readers
+from vlm_jax.systems.nxtp import weights as nxtp
+from vlm_jax.weights import errors, readers
 
 PARAMS_JSON = dict(dim=64, n_layers=3, n_heads=4, multiple_of=16, norm_eps=1e-5, vocab_size=-1)
 

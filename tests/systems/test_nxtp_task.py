@@ -18,9 +18,8 @@ from vlm_jax.nn import functional
 from vlm_jax.program import config as config_lib
 from vlm_jax.program import optim
 from vlm_jax.systems import nxtp
-from vlm_jax.systems.nxtp import network, upstream, vocabulary
+from vlm_jax.systems.nxtp import network, upstream, vocabulary, weights
 from vlm_jax.weights import convert, errors, export, llama
-from vlm_jax.weights import nxtp as weights
 
 MODEL = dict(vision=dict(preset="tiny"), decoder=dict(preset="tiny"))
 

@@ -14,8 +14,9 @@ from vlm_jax.models import vqgan as model
 from vlm_jax.nn import functional
 from vlm_jax.systems import nxtp as nxtp_system
 from vlm_jax.systems.nxtp import vocabulary
+from vlm_jax.systems.nxtp import weights as nxtp
 from vlm_jax.tools import convert_weights
-from vlm_jax.weights import clip, errors, export, llama, nxtp, readers, vqgan
+from vlm_jax.weights import clip, errors, export, llama, readers, vqgan
 
 
 @pytest.fixture

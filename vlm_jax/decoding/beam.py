@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.decoding import label_sequence
+from vlm_jax.decoding import sampling
 
 PAD_ID = -1
 
@@ -61,7 +61,7 @@ def decode(
       width: beams.
       end_id: ends a sequence; None ends all after num_new tokens.
       patience: an image is done when width * patience of its sequences have ended.
-      penalty: as in `label_sequence.decode`.
+      penalty: as in `sampling.penalized`.
       prompt_bt: ids of the prompt, for `reference`.
       reference: see the top of this file.
 
@@ -84,7 +84,7 @@ def decode(
         seen_bwv = seen_bwv.at[image_b1, :, prompt_bt].set(True)
 
     def grow(i, logits_bwv, sums_bw, ids_bwt, seen_bwv, finished):
-        logits_bwv = label_sequence.penalized(logits_bwv.astype(jnp.float32), seen_bwv, penalty)
+        logits_bwv = sampling.penalized(logits_bwv.astype(jnp.float32), seen_bwv, penalty)
         logp_bwc, token_bwc = jax.lax.top_k(jax.nn.log_softmax(logits_bwv), width + 1)
         flat = lambda x: x.reshape(b, -1)  # noqa: E731
         total_bc = flat(sums_bw[..., None] + logp_bwc)

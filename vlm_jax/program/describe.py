@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import pkgutil
 import re
 import textwrap
 import typing
@@ -289,9 +288,9 @@ def _all_sections() -> Iterator[tuple[str, list[Section]]]:
     top = [row for row in rows_of(run.Recipe) if row.key not in shared]
     found = [_section(name, cls, rows_of(cls)) for name, cls in shared.items()]
     yield "Every recipe", [_section(_TOP, run.Recipe, top), *found]
-    for name in _modules("systems"):
+    for name in task_lib.known("systems"):
         yield f"System {name}", list(_of_system(name))
-    kinds = [*sorted(sources.TYPES), *_modules("datasets")]
+    kinds = [*sorted(sources.TYPES), *task_lib.known("datasets")]
     kinds = [kind for kind in kinds if kind in sources.TYPES or _has(kind, "make_source")]
     readers = {kind: source_reader(kind) for kind in kinds}
     yield (
@@ -299,8 +298,8 @@ def _all_sections() -> Iterator[tuple[str, list[Section]]]:
         [_section(f'type="{kind}"', reader, rows_of(reader)) for kind, reader in readers.items()],
     )
     evaluators = {
-        kind: importlib.import_module(f"vlm_jax.evaluators.{kind}").Evaluator
-        for kind in _modules("evaluators")
+        kind: task_lib.resolve(kind, "evaluators").Evaluator
+        for kind in task_lib.known("evaluators")
     }
     yield (
         "Evaluators",
@@ -347,11 +346,6 @@ def _of_classes(hint: Any, name: str) -> Iterator[Section]:
             yield _section(name, cls, rows)
         for key in sorted(parts):
             yield from _of_classes(hints[key], f"{name}.{key}")
-
-
-def _modules(package: str) -> list[str]:
-    folder = importlib.import_module(f"vlm_jax.{package}").__path__
-    return sorted(module.name for module in pkgutil.iter_modules(folder))
 
 
 def _has(kind: str, name: str) -> bool:

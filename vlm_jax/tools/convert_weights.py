@@ -200,7 +200,8 @@ def _of_upstream(args: argparse.Namespace) -> Weights:
 
 def _of_nxtp(args: argparse.Namespace) -> Weights:
     from vlm_jax.systems.nxtp import network
-    from vlm_jax.weights import convert, nxtp
+    from vlm_jax.systems.nxtp import weights as nxtp
+    from vlm_jax.weights import convert
 
     tensors = nxtp.read(args.source, args.clip)
     sizes = pathlib.Path(args.llama).expanduser() / "params.json" if args.llama else ""
@@ -234,7 +235,8 @@ def _stored_in(cfg: Any, dtype: str) -> Any:
 
 def _write(args: argparse.Namespace, weights: Weights) -> tuple[int, dict[str, str]]:
     """Writes it; (number of tensors, file name -> sha256)."""
-    from vlm_jax.weights import clip, export, llama, nxtp, vqgan
+    from vlm_jax.systems.nxtp import weights as nxtp
+    from vlm_jax.weights import clip, export, llama, vqgan
 
     network = {"lvm": llama, "vqgan": vqgan, "clip": clip, "nxtp": nxtp}[args.system]
     cfg, params, dtype = weights.cfg, weights.params, weights.dtype

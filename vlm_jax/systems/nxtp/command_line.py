@@ -22,7 +22,8 @@ import json
 import pathlib
 
 from vlm_jax import loading
-from vlm_jax.data import images, inputs, label_sheet, records, results, streaming
+from vlm_jax.data import images, inputs, records, results, streaming
+from vlm_jax.systems.nxtp import label_sheet
 from vlm_jax.systems.nxtp import model as model_lib
 
 _SHOWN = 60  # photos on the sheet

@@ -27,10 +27,9 @@ import numpy as np
 
 from vlm_jax import answer
 from vlm_jax.data import images, records
-from vlm_jax.decoding import label_lists
 from vlm_jax.program import config as config_lib
+from vlm_jax.systems.nxtp import label_lists, vocabulary
 from vlm_jax.systems.nxtp import labels as labels_lib
-from vlm_jax.systems.nxtp import vocabulary
 
 _MAX_ASPECT = 100
 

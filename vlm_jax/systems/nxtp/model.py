@@ -24,13 +24,13 @@ import numpy as np
 from vlm_jax import saving
 from vlm_jax.data import images as images_lib
 from vlm_jax.data import streaming
-from vlm_jax.decoding import label_lists, one_shot
+from vlm_jax.decoding import one_shot
 from vlm_jax.machines import memory
 from vlm_jax.models import clip, llama
 from vlm_jax.ops import buckets
 from vlm_jax.systems.nxtp import format as format_lib
+from vlm_jax.systems.nxtp import label_lists, vocabulary
 from vlm_jax.systems.nxtp import network as network_lib
-from vlm_jax.systems.nxtp import vocabulary
 
 MAX_IMAGES = 32  # per device call
 MAX_TOKENS = 19  # of a label; upstream: max_update_iter - 1
@@ -120,7 +120,7 @@ class Nxtp(saving.Model):
           images: a photo, anything that `images.as_image` takes, or many.
           k: branches: labels before equal texts are merged and empty ones dropped.
           max_tokens: of a label, its delimiter included.
-          ranking: see `decoding.label_lists`: "prob", "first", "none", "ppl".
+          ranking: see `systems.nxtp.label_lists`: "prob", "first", "none", "ppl".
           unfinished: also those that were cut off at max_tokens.
           threshold: labels of a lower score are left out; for "prob" and "first".
           prompt: what the labels follow; "" is the model's own.
@@ -216,14 +216,14 @@ class Nxtp(saving.Model):
         return np.asarray(maps[:, 0])
 
     def export(self, path: str | os.PathLike, *, released: bool = False, dtype="float16") -> None:
-        """Writes a file in the reference's names; see `weights.nxtp.save`.
+        """Writes a file in the reference's names; see `systems.nxtp.weights.save`.
 
         Args:
           path: of the new file: .pth, which the reference loads, or .safetensors.
           released: the tensors that the reference trains alone, as in its own files.
           dtype: of the file.
         """
-        from vlm_jax.weights import nxtp
+        from vlm_jax.systems.nxtp import weights as nxtp
 
         nxtp.save(path, self.params, released=released, dtype=dtype)
 
@@ -316,7 +316,7 @@ def from_upstream(
       FileNotFoundError, WeightsError, ConversionError: the weights cannot be read.
       DataError: no tokenizer.
     """
-    from vlm_jax.weights import nxtp
+    from vlm_jax.systems.nxtp import weights as nxtp
 
     tensors = nxtp.read(checkpoint, clip)  # opened, not loaded
     words = vocabulary.load(tokenizer or llama)

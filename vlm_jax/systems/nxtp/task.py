@@ -7,8 +7,8 @@
     predict["one_shot"]   ids int32[B, k, max_tokens], probs, lengths, ended: decoding.one_shot
 
 Parameters are {vision, projection, decoder}. What is trained is the recipe's business:
-`weights.nxtp.trained` is the reference's choice. Blocks that are not trained lie before all that
-are, so their backward pass does not exist.
+`systems.nxtp.weights.trained` is the reference's choice. Blocks that are not trained lie before all
+that are, so their backward pass does not exist.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ def load_upstream(path: str, task: NxtpTask) -> dict[str, Any]:
     Raises:
       ConfigError, FileNotFoundError, WeightsError, ConversionError: what cannot be used.
     """
-    from vlm_jax.weights import clip, llama, nxtp, readers
+    from vlm_jax.systems.nxtp import weights as nxtp
+    from vlm_jax.weights import clip, llama, readers
 
     parts = parse(path)
     if saving.is_saved(parts.get("nxtp", "")):

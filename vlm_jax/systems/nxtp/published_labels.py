@@ -1,6 +1,6 @@
 """Published scores of label prediction, to print beside ours.
 
-Yue et al., arXiv 2312.02142: recall, precision, F1 as `metrics.label_match` defines them, with
+Yue et al., arXiv 2312.02142: recall, precision, F1 as `systems.nxtp.label_match` defines them, with
 references from the captions of each data set.
 """
 

@@ -9,7 +9,7 @@ import pytest
 
 from vlm_jax.data import wheels
 from vlm_jax.encoders import text_embedder
-from vlm_jax.metrics import label_match
+from vlm_jax.systems.nxtp import label_match
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "nxtp"
 COS30, COS60 = math.cos(math.pi / 6), 0.5

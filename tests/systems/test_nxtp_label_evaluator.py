@@ -11,9 +11,9 @@ from tests.evaluators import fakes
 from vlm_jax import answer
 from vlm_jax.data import images
 from vlm_jax.encoders import text_embedder
-from vlm_jax.evaluators import label_match
 from vlm_jax.program import config as config_lib
 from vlm_jax.program import evaluate, sharding
+from vlm_jax.systems.nxtp.evaluators import label_match
 
 WORDS = {"dog": 0, "puppy": 30, "cat": 60, "car": 90, "sky": 90, "": 180}  # degrees
 COS30 = np.cos(np.pi / 6)

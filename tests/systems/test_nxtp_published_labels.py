@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlm_jax.metrics import published_labels
+from vlm_jax.systems.nxtp import published_labels
 
 
 def test_rows_by_number_of_labels_and_embedding():

@@ -31,11 +31,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlm_jax.data import images, label_sheet, pipeline, records
+from vlm_jax.data import images, pipeline, records
 from vlm_jax.encoders import text_embedder
-from vlm_jax.metrics import label_match, published_labels
 from vlm_jax.program import config as config_lib
 from vlm_jax.program import passes
+from vlm_jax.systems.nxtp import label_match, label_sheet, published_labels
 
 _SIDE = 16  # of the small photos that are compared
 _NAMES = {"": "this run", "frequent": "most frequent labels", "nearest": "nearest neighbours"}

@@ -12,7 +12,8 @@ from vlm_jax.models import clip as clip_model
 from vlm_jax.models import llama as llama_model
 from vlm_jax.nn import functional
 from vlm_jax.systems.nxtp import network
-from vlm_jax.weights import clip, convert, errors, export, lazy, llama, nxtp, readers
+from vlm_jax.systems.nxtp import weights as nxtp
+from vlm_jax.weights import clip, convert, errors, export, lazy, llama, readers
 
 # Ours has no copy of CLIP's logit_scale, which the network never reads.
 PARAMETERS = {1: 771_921_921, 3: 1_176_688_641, 6: 1_783_838_721, 12: 2_998_138_881,

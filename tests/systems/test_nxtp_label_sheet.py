@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import ImageColor
 
-from vlm_jax.data import label_sheet
+from vlm_jax.systems.nxtp import label_sheet
 
 
 def colours(sheet_u8):

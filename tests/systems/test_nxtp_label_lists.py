@@ -7,7 +7,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from vlm_jax.decoding import label_lists, one_shot
+from vlm_jax.decoding import one_shot
+from vlm_jax.systems.nxtp import label_lists
 from vlm_jax.weights import readers
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "nxtp"

@@ -130,16 +130,9 @@ def _check(num_new, num_samples):
         raise ValueError(f"num_new {num_new} and num_samples {num_samples} must be at least 1")
 
 
-def penalized(logits_rv: jax.Array, seen_rv: jax.Array, penalty: float) -> jax.Array:
-    """Logits of the ids seen, divided by the penalty; as published, negative ones grow by it."""
-    if penalty in (0, 1):
-        return logits_rv
-    return jnp.where(seen_rv, logits_rv / penalty, logits_rv)
-
-
 def _pick(rng, sampler, penalty, i, logits_rv, seen_rv):
     """(token_r, its probability, seen_rv with it)."""
-    logits_rv = penalized(logits_rv.astype(jnp.float32), seen_rv, penalty)
+    logits_rv = sampling.penalized(logits_rv.astype(jnp.float32), seen_rv, penalty)
     token_r = sampler(jax.random.fold_in(rng, i), logits_rv)
     logp_rv = jax.nn.log_softmax(sampler.warp(logits_rv), axis=-1)
     row_r = jnp.arange(len(token_r))
