@@ -86,6 +86,16 @@ class OptionalTask(Protocol):
         Must keep shapes, dtypes and all other entries, and depend on its arguments alone.
         """
 
+    # As `sharding_rules`, of what `inference_params` gives.
+    inference_rules: Sequence[tuple[str, Any]]
+
+    def inference_params(self, params: Params) -> Params:
+        """Layout and dtype for decoding; traced. The predictors take either layout.
+
+        Made once where weights are evaluated by themselves. In training the predictors get the
+        parameters that learn, so that no second copy of them is held.
+        """
+
     def flops_per_step(self, batch: Mapping[str, Any]) -> float:
         """Model FLOPs of one update on this global batch of shapes (causal half counted)."""
 

@@ -241,9 +241,9 @@ def test_prompts_of_several_lengths_continue_as_one_by_one(parts, task, golden):
         task.prompt_formatter(lvm.make_formatter(), images=3, lead=False), side=0
     )
     examples = [formatter(row) for row in rows]
-    batch = prompts.encode(
-        {key: np.stack([x[key] for x in examples]) for key in examples[0]}, None, 64
-    )
+    hosts = [example.pop("host") for example in examples]
+    stacked = {key: np.stack([x[key] for x in examples]) for key in examples[0]}
+    batch, _ = formatter.collate(stacked, hosts, truth=False)
     made = jax.jit(task.predict["continue"])(parts[1], batch, jax.random.key(0))["ids"]
     greedy = sampling.Sampler(temperature=0.0, suppress_from=64)
     expected = lvm.Lvm(*parts).continue_ids([r["prompt_ids"] for r in rows], 1, sampler=greedy)

@@ -282,11 +282,11 @@ def test_a_run_of_our_own_labels_photos(tmp_path, smollm2_words):
     batch = {key: np.stack([x, x]) for key, x in example.items()}
     task.check_batch(batch)
     outputs = jax.tree.map(np.asarray, jax.jit(task.predict["one_shot"])(params, batch, None))
-    names, _ = zip(*formatter.read(outputs, [host] * 2)[0].labels)
+    names = [label for label, _ in formatter.read(outputs, [host] * 2)[0].labels]
     model = nxtp.from_run(task, formatter, params)
     unfinished = model.label(record["image_u8"], k=5, max_tokens=3, unfinished=True)
     assert len(unfinished) == 5 and unfinished[0][1] >= unfinished[-1][1] > 0
-    assert [n for n, _ in model.label([record["image_u8"]], k=5, max_tokens=3)[0]] == list(names)
+    assert [n for n, _ in model.label([record["image_u8"]], k=5, max_tokens=3)[0]] == names
     assert model.attention(record["image_u8"]).shape == (1, 4, 24, 24)
     other = nxtp.make_task(dict(vision=dict(preset="tiny"), decoder=dict(preset="tiny")),
                            delimiter_id=5)  # fmt: skip

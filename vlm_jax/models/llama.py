@@ -152,6 +152,18 @@ SHARDING_RULES = (
 )
 
 
+# Decode layout: rows of the stored matrices are outputs, and they are what the axes share.
+_OUT = P(("fsdp", "tensor"), None)
+DECODE_SHARDING_RULES = (
+    (r"^embed/table$", P("tensor", None)),
+    (r"^layers/\d+/attn/(qkv|o)/kernel$", _OUT),
+    (r"^layers/\d+/mlp/(gate_up|down)/kernel$", _OUT),
+    (r"^layers/\d+/(attn|mlp)_norm/scale$", P()),
+    (r"^final_norm/scale$", P()),
+    (r"^lm_head/kernel$", _OUT),
+)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -372,11 +384,29 @@ class Llama(nnx.Module):
                 x_btd, filled[str(i)] = _remat(block, self.cfg)(x_btd, module, cache)
             return x_btd, jnp.stack(list(filled.values())) if keep else filled
         graph, stacked = nnx.split(self.layers)
+        if caches is not None and not keep:
+            return self._scan_in_place(block, graph, stacked, x_btd, caches)
         return jax.lax.scan(
             _remat(lambda x_btd, xs: block(x_btd, nnx.merge(graph, xs[0]), xs[1]), self.cfg),
             x_btd,
             (stacked, caches),
         )
+
+    def _scan_in_place(self, block, graph, stacked, x_btd, caches):
+        """Over the layers with their caches as part of the state: never two of all of them."""
+        prefix, own = caches.get("prefix"), caches.get("own", caches)
+
+        def layer(state, xs):
+            x_btd, own = state
+            module, i, prefix = xs
+            cache = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), own)
+            cache = cache if prefix is None else {"prefix": prefix, "own": cache}
+            x_btd, filled = block(x_btd, nnx.merge(graph, module), cache)
+            put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0)  # noqa: E731
+            return (x_btd, jax.tree.map(put, own, filled)), None
+
+        steps = jnp.arange(self.cfg.depth)
+        return jax.lax.scan(layer, (x_btd, own), (stacked, steps, prefix))[0]
 
     def logits(self, hidden_btd):
         """float32 logits_btv of the next token."""
@@ -591,6 +621,25 @@ def decode_form(params, cfg: LlamaConfig):
     execution = dict(fused=True, scan_layers=False, remat="none")
     decode_cfg = dataclasses.replace(cfg, dtype=dtype, param_dtype=dtype, **execution)
     return jax.jit(convert)(params), decode_cfg
+
+
+def decoding_config(params, cfg: LlamaConfig) -> LlamaConfig:
+    """The config that decodes with these parameters as they lie, copying none of them.
+
+    Args:
+      params: either layout, arrays or shapes.
+      cfg: that of the training layout.
+
+    Returns:
+      That of the decode layout where the parameters have it, else `cfg`; in the dtype of
+      `decode_form`.
+    """
+    dtype = decode_dtype(cfg.dtype)
+    layers = params["layers"]
+    execution = dict(remat="none", fused=False, scan_layers="attn" in layers)
+    if not execution["scan_layers"] and "qkv" in layers["0"]["attn"]:
+        execution.update(fused=True, param_dtype=dtype)
+    return dataclasses.replace(cfg, dtype=dtype, **execution)
 
 
 def make(cfg: LlamaConfig) -> functional.Functional:

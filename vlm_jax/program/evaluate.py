@@ -229,6 +229,19 @@ def first_arrays(
     return _first(evaluation, task, formatter, seed).arrays
 
 
+def for_inference(task: Any, mesh: Any, params: Any) -> Any:
+    """The parameters as the task wants them for decoding, once for many predictions.
+
+    Whoever gave `params` should let go of them: for a moment both are there.
+    """
+    convert = getattr(task, "inference_params", None)
+    if convert is None:
+        return params
+    abstract = jax.eval_shape(convert, params)
+    shardings = sharding.of_params(mesh, task.inference_rules, abstract)
+    return jax.jit(convert, out_shardings=shardings)(params)
+
+
 class Runner:
     """Compiles each predictor once and runs evaluators on any parameters of that shape."""
 

@@ -113,6 +113,7 @@ def run(
         compare = starting_point.comparison(recipe.init, meta["config"], make)
         params = starting_point.params_of_init(recipe, task, mesh, load_upstream, compare)
     evaluate.check_all(evaluations, task, formatter, params, seed)
+    params = evaluate.for_inference(task, mesh, params)
     shardings = jax.tree.map(lambda x: x.sharding, params)
     runner = evaluate.Runner(task, formatter, mesh, shardings, seed)
     results: dict[str, float] = {}

@@ -68,6 +68,7 @@ class LvmTask:
     top_p: float = 1.0
 
     sharding_rules = llama.SHARDING_RULES
+    inference_rules = llama.DECODE_SHARDING_RULES
 
     def __post_init__(self):
         if self.loss_mean not in ("row", "token"):
@@ -215,8 +216,14 @@ class LvmTask:
         )
         return hidden_btd
 
+    def inference_params(self, params):
+        """The decode layout; see `llama.decode_form`."""
+        return llama.decode_form(params, self.cfg)[0]
+
     def _score(self, params, batch, rng):
-        module = self.network.bind(params)
+        layout = llama.decoding_config(params, self.cfg)
+        # Parameters as they are trained are scored as they are trained.
+        module = llama.make(layout if layout.fused else self.cfg).bind(params)
         logits_btv = module.logits(self._hidden(module, batch))
         return {"logp": losses.token_logp(logits_btv, batch["targets"])}
 
@@ -239,7 +246,7 @@ class LvmTask:
                 )
             prompt_bt, valid_bt, new = batch["tokens"][:, :end], None, size
             true_ids = batch["targets"][:, end - 1 : end - 1 + size]  # target t is token t + 1
-        params, cfg = llama.decode_form(params, self.cfg)
+        cfg = llama.decoding_config(params, self.cfg)
         module = llama.make(cfg).bind(params)
         cache = llama.make_cache(cfg, prompt_bt.shape[0], prompt_bt.shape[1] + new)
         sampler = sampling.Sampler(

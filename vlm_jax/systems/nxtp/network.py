@@ -88,6 +88,12 @@ SHARDING_RULES = (
 )
 
 
+INFERENCE_RULES = (
+    *SHARDING_RULES[: -len(llama.SHARDING_RULES)],
+    *((rule.replace("^", "^decoder/", 1), spec) for rule, spec in llama.DECODE_SHARDING_RULES),
+)
+
+
 class ImageHalf(nnx.Module):
     """The tower and the projection: images as vectors for the decoder."""
 

@@ -59,6 +59,7 @@ class NxtpTask:
     delimiter_id: int = 29892
 
     sharding_rules = network_lib.SHARDING_RULES
+    inference_rules = network_lib.INFERENCE_RULES
 
     def __post_init__(self):
         for name, known in (
@@ -209,9 +210,16 @@ class NxtpTask:
         decoder = llama.flops_per_token(self.cfg.decoder, length, causal_half=False)
         return rows * (length * decoder + self.cfg.vision.training_flops)
 
+    def inference_params(self, params):
+        """The decoder in the decode layout; see `llama.decode_form`."""
+        return {**params, "decoder": llama.decode_form(params["decoder"], self.cfg.decoder)[0]}
+
     def _score(self, params, batch, rng):
         del rng
-        module = self.network.bind(params)
+        layout, network = llama.decoding_config(params["decoder"], self.cfg.decoder), self.network
+        if layout.fused:
+            network = network_lib.make(dataclasses.replace(self.cfg, decoder=layout))
+        module = network.bind(params)
         logits_btv = module.decoder.logits(self.hidden(module, batch))
         return {"logp": losses.token_logp(logits_btv, batch["targets"])}
 
@@ -225,12 +233,12 @@ class NxtpTask:
                 f"{k} labels of {max_tokens} tokens are wanted; it must be 1 to {num_ids} labels, "
                 "the vocabulary's size, of one token at least"
             )
-        module = self.network.bind(params)
+        decoder = llama.decoding_config(params["decoder"], self.cfg.decoder)
+        module = network_lib.make(dataclasses.replace(self.cfg, decoder=decoder)).bind(params)
         x_bsd = module.inputs(clip.normalize(batch["image_u8"]), batch["prompt"])
-        decode_params, decode_cfg = llama.decode_form(params["decoder"], self.cfg.decoder)
         found = one_shot.decode(
-            network_lib.make_decoder(decode_cfg).bind(decode_params),
-            x_bsd.astype(decode_cfg.dtype),
+            module.decoder,
+            x_bsd.astype(decoder.dtype),
             k=k,
             max_tokens=max_tokens,
             delimiter_id=self.delimiter_id,
