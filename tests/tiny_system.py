@@ -212,12 +212,17 @@ def train(workdir, numbers, *overrides, devices=1):
     return run.said()
 
 
+def free_port():
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def start_pair(workdir, numbers, *overrides):
     """Two processes of one device each, joined on this machine; `numbers` may be one for each."""
     each = numbers if isinstance(numbers, list) else [numbers, numbers]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    coordinator = f"127.0.0.1:{free_port()}"
     return [
         Run(workdir, each[index], *overrides, process=(coordinator, 2, index)) for index in range(2)
     ]

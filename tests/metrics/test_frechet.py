@@ -54,3 +54,14 @@ def test_too_few_vectors_are_known():
     assert frechet.distance(few, few) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="there are 1"):
         frechet.distance(moments([[1.0]]), few)
+
+
+def test_moments_of_parts_are_those_of_the_whole():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(30, 3)), rng.normal(size=(50, 3)) + 1
+    parts = [moments(x[:7]).state, moments().state, moments(x[7:9], x[9:]).state]
+    whole, merged = moments(x), frechet.merged(parts)
+    assert merged.count == 30
+    np.testing.assert_allclose(merged.covariance, whole.covariance)
+    other = moments(y)
+    assert frechet.distance(merged, other) == pytest.approx(frechet.distance(whole, other))
