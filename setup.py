@@ -31,6 +31,7 @@ EXTRAS["test"] = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.8",
+    "mypy>=1.13",
     "setuptools>=77",  # one test builds the wheel
     "wheel",
     "gguf>=0.10",  # an independent reader to compare with

@@ -141,7 +141,7 @@ class Answer:
           ValueError: a value of another form, named.
         """
         known = {key: values[key] for key in _READERS if key in values}
-        fields = {}
+        fields: dict[str, Any] = {}
         for key, value in known.items():
             try:
                 fields[key] = _READERS[key](value)

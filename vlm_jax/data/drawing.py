@@ -44,7 +44,8 @@ def _palette() -> np.ndarray:
     # far apart and all 256 differ. The colour map of PASCAL VOC.
     index = np.arange(256)[:, None]
     channel = np.arange(3)
-    return sum(((index >> (3 * k + channel)) & 1) << (7 - k) for k in range(3)).astype(np.uint8)
+    bits = [((index >> (3 * k + channel)) & 1) << (7 - k) for k in range(3)]
+    return np.sum(bits, axis=0).astype(np.uint8)
 
 
 PALETTE = _palette()  # uint8[256, 3], entry 0 black. The palette of the paper was not released.
@@ -130,7 +131,7 @@ class Drawing:
         try:
             if painter:
                 return painter(canvas, things)
-            points = [thing.keypoints for thing in things]
+            points: list[Any] = [thing.keypoints for thing in things]
             if self.kind == "openpose":
                 points = [to_openpose(p) if len(p) == 17 else p for p in points]
             return skeletons(canvas, points)
@@ -284,7 +285,8 @@ def _name(value: Any) -> str:
 
 def colour(label: int) -> tuple[int, int, int]:
     """Of a class; never black."""
-    return tuple(int(value) for value in PALETTE[(label - 1) % 255 + 1])
+    red, green, blue = PALETTE[(label - 1) % 255 + 1].tolist()
+    return red, green, blue
 
 
 def _line(image_u8: np.ndarray) -> int:

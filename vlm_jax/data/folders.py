@@ -39,7 +39,8 @@ def list_files(root: str | os.PathLike, suffixes: Sequence[str] = IMAGES) -> lis
     root = os.path.expanduser(os.fspath(root))
     if not os.path.isdir(root):
         raise records.DataError(f"{root}: no such folder")
-    found, others = [], collections.Counter()
+    found: list[str] = []
+    others: collections.Counter[str] = collections.Counter()
     seen, pending = set(), [root]
     while pending:
         folder = pending.pop()

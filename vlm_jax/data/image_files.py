@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import struct
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -105,10 +106,11 @@ def to_rgb(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> np.nd
         image.load()
         turn = image.getexif().get(_ORIENTATION, 1)
         if image.mode == "F":
-            check_range(*image.getextrema(), name)
-        if image.mode == "I" and image.format not in _WIDE and 0 < image.getextrema()[1] < 256:
+            low, high = _extrema(image)
+            check_range(low, high, name)
+        if image.mode == "I" and image.format not in _WIDE and 0 < _extrema(image)[1] < 256:
             raise ImageError(
-                f"{name}: of 32 bits, with values up to {image.getextrema()[1]}: a dark picture "
+                f"{name}: of 32 bits, with values up to {_extrema(image)[1]}: a dark picture "
                 'of 16 bits, or one of 8? Say it: convert("L") for 8, an array of uint16 for 16'
             )
         width, height = image.size
@@ -142,6 +144,12 @@ def to_bytes(array: np.ndarray, name: str) -> np.ndarray:
         )
     check_range(array.min(), array.max(), name)
     return np.rint(array.astype(np.float32) * np.float32(255)).astype(np.uint8)
+
+
+def _extrema(image: Image.Image) -> tuple[float, float]:
+    """Of a picture of one channel."""
+    found: Any = image.getextrema()
+    return found
 
 
 def check_range(low: float, high: float, name: str) -> None:
@@ -204,7 +212,7 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         )
 
 
-def _as_pillow_13(image: Image.Image) -> None:
+def _as_pillow_13(image: Any) -> None:
     """Lets earlier versions read plain TIFF files of YCbCr, which they take for RGB in 4 bytes."""
     tiles = [tuple(tile) for tile in getattr(image, "tile", ())]
     raw = tiles and all(codec == "raw" and args[0] == "RGBX" for codec, _, _, args in tiles)
@@ -232,7 +240,7 @@ def _rgb(image: Image.Image, name: str) -> np.ndarray:
         return (wide >> 8).astype(np.uint8)[..., None]
     if image.mode == "LAB":
         lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        image = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+        image = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB") or image
     if image.mode in ("La", "RGBa"):  # Pillow undoes premultiplied alpha in a step of its own
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     if image.mode == "P" and "transparency" in image.info:  # else it warns

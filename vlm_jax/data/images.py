@@ -57,7 +57,8 @@ def as_image(value: Any, *, name: str = "", reach: str = "web") -> np.ndarray:
     if isinstance(value, str | os.PathLike):
         return _named(os.fsdecode(value), reach)
     if isinstance(value, bytes | bytearray | memoryview):
-        return decode(value, name=name)
+        content: Any = value  # not copied
+        return decode(content, name=name)
     if isinstance(value, Image.Image):
         return image_files.to_rgb(value, name or f"PIL image ({value.mode})")
     name = name or "picture"
@@ -320,12 +321,14 @@ def draw_grid(
 def _thumbnail(image_u8: np.ndarray, cell: int) -> Image.Image:
     image = Image.fromarray(image_u8)
     scale = cell / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
     enlarge = scale > 1
-    return image.resize(size, Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS)
+    return image.resize(
+        (width, height), Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
+    )
 
 
-def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word

@@ -42,7 +42,7 @@ class Piece(NamedTuple):
     """Ids [start, stop) of one document, put at place `slot` of a row."""
 
     epoch: int
-    index: int  # of the record in its source
+    index: int  # type: ignore[assignment]  # of the record in its source; hides tuple.index
     start: int
     stop: int
     slot: int
@@ -107,7 +107,7 @@ class StreamPlan:
         for piece in pieces:
             document, place = load(piece), slice(piece.slot, piece.slot + piece.stop - piece.start)
             filled = place.stop
-            if document.ids is not None:
+            if document.ids is not None and document.weights is not None:
                 ids[place] = document.ids[piece.start : piece.stop]
                 weights[place] = document.weights[piece.start : piece.stop]
         row["tokens"][:], row["targets"][:], row["weights"][:] = ids[:-1], ids[1:], weights[1:]
@@ -169,7 +169,7 @@ class DocumentPlan:
         for segment, piece in enumerate(pieces, 1):
             document, size = load(piece), piece.stop - piece.start - 1
             place = slice(piece.slot, piece.slot + size)
-            if document.ids is None:
+            if document.ids is None or document.weights is None:
                 continue
             ids, weights = document.ids[piece.start : piece.stop], document.weights
             row["tokens"][place], row["targets"][place] = ids[:-1], ids[1:]
@@ -201,7 +201,10 @@ class DocumentPlan:
         return table[:, 1:], np.searchsorted(table[:, 0], np.arange(num_rows + 1))
 
 
-PLANS = {"stream": StreamPlan, "documents": DocumentPlan}
+PLANS: dict[str, type[StreamPlan | DocumentPlan]] = {
+    "stream": StreamPlan,
+    "documents": DocumentPlan,
+}
 
 
 def blank_rows(count: int, row_tokens: int) -> Row:

@@ -8,8 +8,8 @@ side of a tokenizer: decode, draw, resize, alter, in this order, as the referenc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -44,7 +44,9 @@ def edited(image: Image, name: str, *numbers: int) -> Image:
     """
     if isinstance(image, Picture):
         return dataclasses.replace(image, edits=(*image.edits, (name, *numbers)))
-    return images.to_u8(_EDITS[name](images.to01(image), *numbers))
+    image_u8: Any = image
+    edited_u8: Any = images.to_u8(_EDITS[name](images.to01(image_u8), *numbers))
+    return edited_u8
 
 
 def holes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -70,7 +72,7 @@ def _hide(image01: np.ndarray, seed: int) -> np.ndarray:
     return np.where(hidden[..., None], np.float32(0), image01)
 
 
-_EDITS = {"grey": images.grey, "hide": _hide}
+_EDITS: dict[str, Callable[..., np.ndarray]] = {"grey": images.grey, "hide": _hide}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +110,6 @@ class Reader:
             name, image_name = picture.drawn
             image_u8 = self.drawings[name].draw(image_u8, image_name)
         image01 = images.to01(images.resize(image_u8, self.side))
-        for name, *numbers in picture.edits:
-            image01 = _EDITS[name](image01, *numbers)
+        for edit, *numbers in picture.edits:
+            image01 = _EDITS[str(edit)](image01, *numbers)
         return image01

@@ -20,7 +20,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -147,7 +147,7 @@ def one_pass(
     max_batches: int = 0,
     seed: int = 0,
     rows: np.ndarray | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every record once in file order, source after source, as whole batches (for evaluation).
 
     Batches have `hosts`. The last one is filled up with rows of zeros, whose weights (or `valid`)
@@ -276,12 +276,14 @@ def _begin_worker(index: int, count: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's affair
     parent = multiprocessing.parent_process()
 
+    if parent is None:
+        return
+
     def end_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    if parent is not None:
-        threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 class _Endless:

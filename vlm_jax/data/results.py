@@ -21,7 +21,10 @@ from typing import Any
 from vlm_jax.data import records, streaming
 
 _EVERY_S = 5.0
-_CSV = {"encoding": "utf-8", "errors": "surrogateescape"}  # CSV has no escapes for odd names
+_CSV: dict[str, Any] = {
+    "encoding": "utf-8",
+    "errors": "surrogateescape",
+}  # CSV has no escapes for odd names
 
 
 class Results:

@@ -208,7 +208,7 @@ class Rows:
                 origin.places.append(Place("", ()))
                 continue
             name = self.mixture.names[owner]
-            plan = self._entries[name].plan
+            plan = self._plan(name)
             pieces = plan.pieces(number, one_pass=one_pass)
             documents = {piece.index: self._documents(name, piece.index) for piece in pieces}
             views = {key: x[row] for key, x in arrays.items()}
@@ -223,9 +223,14 @@ class Rows:
             origin.places.append(Place(name, [piece.index for piece in pieces]))
         return Chunk(arrays, origin)
 
+    def _plan(self, name: str) -> packing.StreamPlan | packing.DocumentPlan:
+        plan = self._entries[name].plan
+        assert plan is not None  # rows are packed
+        return plan
+
     def load_document(self, name: str, index: int) -> packing.Document:
         """Ids and weights of one record, or why there are none."""
-        source, _, plan = self._entries[name]
+        source, plan = self._entries[name].source, self._plan(name)
         with bad_records.naming(source, index):
             try:
                 ids, weights = self._formatter.encode(source[index])

@@ -34,7 +34,7 @@ def find_files(path: str | os.PathLike | Sequence[str]) -> list[pathlib.Path]:
       DataError: an entry means no file, or something that is none, like a pipe.
     """
     entries = [path] if isinstance(path, str | os.PathLike) else list(path)
-    found = []
+    found: list[pathlib.Path] = []
     for entry in entries:
         text = os.path.expanduser(os.fspath(entry))
         if os.path.isdir(text):

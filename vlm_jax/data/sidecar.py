@@ -59,7 +59,7 @@ def _keep(path: pathlib.Path, arrays: Arrays) -> None:
     temporary = tempfile.NamedTemporaryFile(dir=path.parent, delete=False)
     try:
         with temporary:
-            np.savez(temporary, **arrays)
+            np.savez(temporary, **dict[str, Any](arrays))
         os.replace(temporary.name, path)
     except OSError:  # what is there of it would stay for ever
         os.unlink(temporary.name)

@@ -25,11 +25,12 @@ and is picklable: files are opened where they are read. It may have
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -119,7 +120,7 @@ class JsonLines(shard_files.Files):
         super().__init__(path)
         tables = []
         for number, (file, stamp) in enumerate(zip(self.paths, self._stamps)):
-            index = sidecar.load("jsonl-3", [stamp], lambda f=file: _scan(f))
+            index = sidecar.load("jsonl-3", [stamp], functools.partial(_scan, file))
             tables.append(np.insert(index["lines"], 0, number, axis=1))
             for line, cause in zip(index["bad_lines"], index["bad_causes"]):
                 self.skipped.append((f"{file}:{line}", str(cause)))
@@ -152,8 +153,9 @@ def lines(stream: io.BufferedIOBase, most: int = MAX_LINE) -> Iterator[tuple[byt
                 size += len(rest)
                 if rest.endswith(b"\n"):
                     break
-            line = None if size > most else line
-        yield line, size
+            yield (None if size > most else line), size
+        else:
+            yield line, size
 
 
 def _parse(line: bytes) -> records.Record:
@@ -267,7 +269,11 @@ class TarShards(shard_files.Files):
         return f"{self.paths[int(self._files[index])]}:{key}"
 
 
-_TAR_VALUES = {"json": records.parse_json, "txt": lambda content: content.decode(), "cls": int}
+_TAR_VALUES: dict[str, Callable[[bytes], Any]] = {
+    "json": records.parse_json,
+    "txt": lambda content: content.decode(),
+    "cls": int,
+}
 
 
 class Tfds:

@@ -53,7 +53,7 @@ def scan(path: pathlib.Path) -> dict[str, np.ndarray]:
                     bad.append((shown, "the name occurs twice in the shard; the last one counts"))
                 found[key] = (name, offset, length)
     except tarfile.TarError as error:
-        cause = file_kind.not_data(path) or error
+        cause = file_kind.not_data(path) or str(error)
         raise records.DataError(
             f"{path}: {cause}; shards must be complete and uncompressed (gunzip them first)"
         ) from error

@@ -68,7 +68,7 @@ def _byte_level(names: list[str], merges: list[str], types: list[int]):
     vocab = {name: token_id for token_id, name in enumerate(names)}
     if len(vocab) != len(names) or len(types) != len(names):
         raise ValueError(f"{len(vocab)} names and {len(types)} types of {len(names)} tokens")
-    pairs = [tuple(pair.split(" ", 1)) for pair in merges]
+    pairs: list[Any] = [tuple(pair.split(" ", 1)) for pair in merges]
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab, pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]

@@ -13,7 +13,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -168,14 +168,18 @@ def _shape(track: Any, size: Size, crop: bool = False) -> tuple[int, int, int]:
 def _opened(source: bytes | str | os.PathLike, name: str = "") -> Iterator[tuple[Any, str]]:
     """A container with a video of decent size, and its name; decoding errors have the name."""
     av = records.require("av")
-    in_memory = isinstance(source, bytes | bytearray | memoryview)
-    name = name or (f"<{len(source)} bytes>" if in_memory else os.fsdecode(source))
-    if not in_memory:
-        image_files.check_regular(source, name)
+    content = source if isinstance(source, bytes | bytearray | memoryview) else None
+    if content is not None:
+        name = name or f"<{len(content)} bytes>"
+    else:
+        name = name or os.fsdecode(source)
+        image_files.check_regular(os.fsdecode(source), name)
     only_known = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
     try:
         # By descriptor: from a name FFmpeg would take protocols ("12:30.mp4") and guess formats.
-        stream = io.BytesIO(source) if in_memory else open(os.open(source, os.O_RDONLY), "rb")
+        stream: BinaryIO = (
+            io.BytesIO(content) if content is not None else open(os.open(source, os.O_RDONLY), "rb")
+        )
         with contextlib.ExitStack() as stack:
             stack.enter_context(stream)
             mp4_boxes.check_counts(stream)

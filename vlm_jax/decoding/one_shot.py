@@ -99,7 +99,11 @@ def decode(
         jnp.arange(k + extra) < (k if used is None else used), first_bk.shape
     )
     first_gbr, live_gbr = (x.reshape(b, -1, group).swapaxes(0, 1) for x in (first_bk, live_bk))
-    complete = lambda xs: _complete(network, cache, *xs, max_tokens, ends)  # noqa: E731
+
+    def complete(xs):
+        token_br, live_br = xs
+        return _complete(network, cache, token_br, live_br, max_tokens, ends)
+
     if len(first_gbr) == 1:
         found = complete((first_gbr[0], live_gbr[0]))
         more_ids_bkt, more_probs_bkt = found

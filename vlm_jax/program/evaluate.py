@@ -37,7 +37,7 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -361,7 +361,7 @@ def _batches(
     seed: int,
     rows: np.ndarray | None = None,
     owned: np.ndarray | None = None,
-) -> Iterator[passes.Batch]:
+) -> Generator[passes.Batch, None, None]:
     """One pass in order.
 
     Args:
