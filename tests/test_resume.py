@@ -77,7 +77,7 @@ def test_stopping_at_the_step_of_an_evaluation_loses_no_line(numbers, uninterrup
 
 
 def _unfinished_saves(workdir):
-    steps = [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    steps = [path for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
     return [path for path in steps if not (path / "COMMIT.json").exists()]
 
 

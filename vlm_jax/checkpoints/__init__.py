@@ -14,7 +14,6 @@ local file systems; mount a bucket rather than naming it.
 """
 
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from jax.experimental import multihost_utils
 
 from vlm_jax.checkpoints import commit_marker, leaves, step_folders
 from vlm_jax.checkpoints import reading as checkpoint_reading
+from vlm_jax.machines import disk
 
 _SPARE_BYTES = 1 << 20  # room for metadata files and the marker
 
@@ -270,7 +270,7 @@ class Checkpointer:
                 folder.rmdir()
                 return _disk_full(folder, free, num_bytes)
         except OSError as error:
-            if _is_disk_full(error):
+            if disk.is_full(error):
                 return _disk_full(folder, _free_bytes(self.folder), num_bytes)
             return f"cannot save step {step} in {folder}: {error}"
         return ""
@@ -315,7 +315,7 @@ class Checkpointer:
         free = _free_bytes(self.folder)
         if jax.process_index() == 0 and not commit_marker.is_committed(folder):
             shutil.rmtree(folder, ignore_errors=True)
-        if _is_disk_full(error):
+        if disk.is_full(error):
             return CheckpointError(_disk_full(folder, free, num_bytes))
         return CheckpointError(
             f"cannot save step {step} in {folder}: {commit_marker.one_line(error)}"
@@ -330,12 +330,6 @@ def _free_bytes(folder: epath.Path) -> int | None:
         return shutil.disk_usage(folder).free if commit_marker.is_local(folder) else None
     except OSError:
         return None
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    codes = (errno.ENOSPC, errno.EDQUOT)
-    text = str(error)
-    return getattr(error, "errno", None) in codes or any(os.strerror(c) in text for c in codes)
 
 
 def _disk_full(folder: epath.Path, free: int | None, num_bytes: int) -> str:

@@ -197,7 +197,8 @@ def check_ranges(values: Any, **ranges: tuple[float, float]) -> None:
         if (low, high) == POSITIVE:
             limits = "positive"
         else:
-            limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            least, most = (f"{int(x)}" if x % 1 == 0 else f"{x:g}" for x in (low, min(high, 2**63)))
+            limits = f"at least {least}" if high == math.inf else f"between {least} and {most}"
         problems.append(f"{name}={value!r} must be {limits}")
     if problems:
         raise ValueError("; ".join(problems))

@@ -320,8 +320,10 @@ def _of_system(name: str) -> Iterator[Section]:
         rows = [row for row in rows_of(reader) if row.key != "formatter"]
         yield _section("evals.NAME.formatter", reader, rows)
     if prepare := getattr(system, "prepare", None):
+        kinds = {reader: kind for kind, reader in getattr(prepare, "readers", {}).items()}
         for reader in _readers(prepare):
-            yield _section("prepare", reader, rows_of(reader))
+            of = f', of="{kinds[reader]}"' if reader in kinds else ""
+            yield _section(f"prepare{of}", reader, rows_of(reader))
 
 
 def _readers(prepare: Any, of: str | None = None) -> list[Any]:

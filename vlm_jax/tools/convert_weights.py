@@ -31,7 +31,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlm_jax.machines import console
+from vlm_jax.machines import console, disk
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _FORMATS = {
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         _run(args)
     except (ValueError, OSError) as error:
-        print(f"convert_weights: {error}", file=sys.stderr)
+        print(f"convert_weights: {disk.explain(error, args.target)}", file=sys.stderr)
         return 1
     return 0
 

@@ -16,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vlm_jax.machines import console
+from vlm_jax.machines import console, disk
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         written = export(args.workdir, args.to, **fields)
     except (ValueError, OSError) as error:
-        print(f"export_run: {error}", file=sys.stderr)
+        print(f"export_run: {disk.explain(error, args.to)}", file=sys.stderr)
         return 1
     for name, digest in written.items():
         print(f"sha256    {digest}  {name}")

@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from vlm_jax.machines import console
+from vlm_jax.machines import console, disk
 from vlm_jax.tools import caption_files
 
 _SETTINGS = "extraction.json"
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows_per_part=args.rows_per_part,
         )
     except (records.DataError, records.MissingExtraError, OSError) as error:
-        print(f"extract_labels: {error}", file=sys.stderr)
+        print(f"extract_labels: {disk.explain(error, args.to)}", file=sys.stderr)
         return 1
     print(
         f"{totals.files} files done, {totals.left_alone} left alone, {totals.captions} captions, "

@@ -37,7 +37,7 @@ import numpy as np
 
 from vlm_jax.data import images, records, sidecar
 from vlm_jax.datasets import own_files, own_pictures
-from vlm_jax.machines import console
+from vlm_jax.machines import console, disk
 
 _KEPT = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}  # packed as they are
 _QUALITY = 95  # of photos that are made smaller
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return pack(args)
     except (records.DataError, OSError, ImportError) as error:
-        print(f"pack_captions: {error}", file=sys.stderr)
+        print(f"pack_captions: {disk.explain(error, args.out)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\npack_captions: stopped; the same command continues", file=sys.stderr)

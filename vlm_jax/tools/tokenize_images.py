@@ -24,7 +24,7 @@ import sys
 from collections.abc import Sequence
 
 from vlm_jax.data import inputs
-from vlm_jax.machines import console
+from vlm_jax.machines import console, disk
 
 processes = inputs.processes
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.preview:
             _preview(args, made or _tokens(args))
     except (ValueError, OSError, ImportError) as error:
-        print(f"tokenize_images: {error}", file=sys.stderr)
+        print(f"tokenize_images: {disk.explain(error, args.out)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ntokenize_images: stopped; the same command continues", file=sys.stderr)
