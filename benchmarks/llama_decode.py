@@ -34,17 +34,16 @@ def ours(cfg, params):
 
     @functools.cache
     def compiled(num_new):
-        make_cache = functools.partial(llama.make_cache, cfg)
-        return generate.compile(fn.bind, make_cache, num_new)
+        return generate.compile(fn.bind, num_new)
 
     def run(prompt, num_new):
-        tokens = compiled(num_new)(params, jnp.asarray(prompt), jax.random.key(0))
-        return np.asarray(tokens[:, 0])
+        made = compiled(num_new)(params, jnp.asarray(prompt), jax.random.key(0))
+        return np.asarray(made.tokens_bst[:, 0])
 
     @jax.jit
     def logits(params, prompt):
-        cache = llama.make_cache(cfg, *prompt.shape)
-        return fn.bind(params).step(prompt, cache, fresh=True)[0]
+        network = fn.bind(params)
+        return network.step(network.embed(prompt), network.make_cache(*prompt.shape)).logits
 
     read = {path: x for path, x in functional.flatten(params).items() if path != "embed/table"}
     if cfg.tie_embeddings:

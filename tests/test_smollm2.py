@@ -73,13 +73,13 @@ def test_greedy_ids(loaded, prompts):
     network = functional.Functional(lambda rngs: model.Llama(cfg, rngs))
     run = generate.compile(
         network.bind,
-        lambda rows, slots: model.make_cache(cfg, rows, slots),
         num_new=20,
         stop_ids=(EOS,),
         pad_id=EOS,
     )
     tokens, valid = prompts
-    new = np.asarray(run(params, tokens, jax.random.key(0), valid)).reshape(len(CASES), -1)
+    made = run(params, tokens, jax.random.key(0), valid)
+    new = np.asarray(made.tokens_bst).reshape(len(CASES), -1)
     for case, ids in zip(CASES, new.tolist()):
         expected = case["greedy_new_ids"]
         assert ids[: len(expected)] == expected

@@ -25,14 +25,13 @@ def network(request, golden_lvm):
         params, cfg = llama.decode_form(params, cfg)
     fn = functional.Functional(lambda rngs: llama.Llama(cfg, rngs))
     compiled = functools.cache(
-        lambda num_new, **options: generate.compile(
-            fn.bind, functools.partial(llama.make_cache, cfg), num_new, **options
-        )
+        lambda num_new, **options: generate.compile(fn.bind, num_new, **options)
     )
 
     def run(prompt, num_new, rng=KEY, valid=None, lengths=None, **options):
         made = compiled(num_new, **options)
-        return np.asarray(made(params, jnp.asarray(prompt), rng, valid, lengths=lengths))
+        found = made(params, jnp.asarray(prompt), rng, valid, lengths=lengths)
+        return np.asarray(found.tokens_bst)
 
     return run
 
@@ -103,19 +102,25 @@ jax.tree_util.register_dataclass(Counter, ["total"], [])
 
 def test_any_step_function_will_do():
     # The next token is the sum of all tokens so far, modulo 10.
-    def step(tokens_bt, cache, valid_bt=None, fresh=False):
-        total = cache.total + tokens_bt.sum(1)
-        return jax.nn.one_hot(total % 10, 10), Counter(total)
+    class Adder:
+        def embed(self, tokens_bt):
+            return tokens_bt[..., None]
 
+        def make_cache(self, rows, slots):
+            return Counter(jnp.zeros(rows, jnp.int32))
+
+        def step(self, x_btd, cache):
+            total = cache.total + x_btd.sum((1, 2))
+            return jax.nn.one_hot(total % 10, 10), x_btd[:, -1], Counter(total)
+
+    network = Adder()
     run = jax.jit(
-        lambda prompt: generate.generate(
-            step, Counter(jnp.zeros(2, jnp.int32)), prompt, 5, KEY, num_samples=2
-        )
+        lambda prompt: generate.generate(network, network.embed(prompt), 5, KEY, num_samples=2)
     )
-    got = run(jnp.array([[1, 2], [0, 1]]))
+    got = run(jnp.array([[1, 2], [0, 1]])).tokens_bst
     np.testing.assert_array_equal(got, [[[3, 6, 2, 4, 8]] * 2, [[1, 2, 4, 8, 6]] * 2])
     with pytest.raises(ValueError, match="num_new 0"):
-        generate.generate(step, None, jnp.zeros((1, 1), int), 0, KEY)
+        generate.generate(network, jnp.zeros((1, 1, 1), int), 0, KEY)
 
 
 @pytest.mark.parametrize("sampler", [NO_SPECIALS, sampling.Sampler(top_k=9, suppress_from=64)])

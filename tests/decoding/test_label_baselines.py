@@ -13,7 +13,7 @@ from vlm_jax.decoding import beam, sampling
 from vlm_jax.models import llama
 from vlm_jax.nn import functional
 from vlm_jax.ops import masks
-from vlm_jax.systems.nxtp import label_sequence
+from vlm_jax.systems.nxtp import label_sequence, reference_beam
 from vlm_jax.weights import llama as weights
 from vlm_jax.weights import readers
 
@@ -53,8 +53,8 @@ def sequence(prefix, rng=KEY, **options):
     return np.asarray(ids), np.asarray(probs)
 
 
-def search(prefix, prompt=None, **options):
-    return jax.tree.map(np.asarray, compiled(beam, **options)(decoder()[0], prefix, prompt))
+def search(prefix, **options):
+    return jax.tree.map(np.asarray, compiled(beam, **options)(decoder()[0], prefix))
 
 
 @pytest.mark.parametrize("penalty", [1.2, 0])
@@ -131,8 +131,8 @@ def test_nucleus_keeps_what_the_reference_keeps(io, p):
 @pytest.mark.parametrize("penalty", [1.2, 0])
 def test_reference_beams(io, penalty):
     prompt = jnp.tile(io["prompt_tokens"], (4, 1))
-    options = dict(num_new=24, end_id=2, penalty=penalty, reference=True)
-    found = search(io["prefill_input_embeds"], prompt, **options)
+    run = compiled(reference_beam, num_new=24, end_id=2, penalty=penalty)
+    found = jax.tree.map(np.asarray, run(decoder()[0], io["prefill_input_embeds"], prompt))
     for i in range(4):
         want = io[f"beam3_penalty{penalty}_tokens_{i}"][0]
         assert want[-1] == 2  # appended to what did not end
@@ -186,7 +186,7 @@ def test_beams_follow_their_past(io, end_id):
 
 def test_errors(io):
     prefix = io["prefill_input_embeds"]
-    with pytest.raises(ValueError, match="width 354 must be below the vocabulary of 354"):
-        search(prefix, num_new=2, width=354)
+    with pytest.raises(ValueError, match="beam_size 354 must be below the vocabulary of 354"):
+        search(prefix, num_new=2, beam_size=354)
     with pytest.raises(ValueError, match="num_new 0"):
         sequence(prefix, num_new=0)

@@ -75,7 +75,12 @@ def assert_equal(found, expected, probs=1e-6):
 def test_prefill_logits(kind):
     io, _ = golden()
     params, cfg = decoder(kind)
-    run = jax.jit(lambda p, x: network(cfg).bind(p).prefill(x, prefix_block=IMAGE)[0])
+
+    @jax.jit
+    def run(params, x_btd):
+        module = network(cfg).bind(params)
+        return module.step(x_btd, module.make_cache(*x_btd.shape[:2]), prefix_block=IMAGE).logits
+
     logits = run(params, io["prefill_input_embeds"])
     np.testing.assert_allclose(logits, io["prefill_logits_last"], atol=1e-4)
 
@@ -233,14 +238,28 @@ class Scripted:
     def __init__(self, first, rest, k):
         self.first, self.rest, self.k = first, rest, k
 
-    def prefill(self, prefix_btd, *, valid_bt, prefix_block):
-        return self.first, None
+    def make_cache(self, rows, slots):
+        return Script(None)
 
-    def fork(self, cache, num_branches, num_slots):
-        return jnp.int32(0)
+    def embed(self, tokens_br):
+        return tokens_br[..., None]
 
-    def extend(self, tokens_br, index):
-        return self.rest[index].reshape(len(self.first), self.k, -1), index + 1
+    def step(self, x_btd, cache, **_):
+        if cache.index is None:
+            return self.first, None, cache
+        logits_brv = self.rest[cache.index].reshape(len(self.first), self.k, -1)
+        return logits_brv, None, Script(cache.index + 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Script:
+    """The place in a script."""
+
+    index: jax.Array | None
+
+    def fork(self, num_branches, num_slots):
+        return Script(jnp.int32(0))
 
 
 def test_scripted_logits():

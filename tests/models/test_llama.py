@@ -270,10 +270,8 @@ def test_cache_equals_full_forward(layout, fresh):
     if layout == "decode":
         params, cfg = llama.decode_form(params, cfg)
 
-    cache = llama.make_cache(cfg, 2, 14)
-    first = apply(
-        cfg, params, "__call__", TOKENS[:, :6], valid_bt=valid[:, :6], cache=cache, fresh=fresh
-    )
+    cache = dataclasses.replace(llama.make_cache(cfg, 2, 14), fresh=fresh)
+    first = apply(cfg, params, "__call__", TOKENS[:, :6], valid_bt=valid[:, :6], cache=cache)
     parts, cache = [first.logits], first.cache
     for piece in (slice(6, 7), slice(7, 8), slice(8, 12)):  # single tokens, then several at once
         out = apply(cfg, params, "__call__", TOKENS[:, piece], cache=cache)
@@ -284,7 +282,7 @@ def test_cache_equals_full_forward(layout, fresh):
     np.testing.assert_array_equal(cache.valid_bs[:, :12], valid)
 
     swapped = cache.rows(jnp.array([1, 0, 1]))
-    token = TOKENS[:, :1]
+    token = apply(cfg, params, "embed", TOKENS[:, :1])
     want_step = apply(cfg, params, "step", token, cache)[0]
     got_step = apply(cfg, params, "step", token[jnp.array([1, 0, 1])], swapped)[0]
     np.testing.assert_allclose(got_step, want_step[jnp.array([1, 0, 1])], atol=1e-5)

@@ -270,7 +270,8 @@ def test_prefill_logits(golden, batch):
         module = golden.task.network.bind(params)
         prompt = jnp.tile(jnp.array(golden.formatter.vocabulary.prompt()), (4, 1))
         x = module.inputs(clip.normalize(jnp.asarray(batch["image_u8"])), prompt)
-        return x, module.decoder.prefill(x, prefix_block=9)[0]
+        cache = module.decoder.make_cache(*x.shape[:2])
+        return x, module.decoder.step(x, cache, prefix_block=9).logits
 
     inputs, logits = run(golden.params)
     np.testing.assert_allclose(inputs, golden.io["prefill_input_embeds"], atol=1e-4)

@@ -10,9 +10,8 @@ is a branch that reads the prefix's keys and its own, and ends at its first deli
     found = one_shot.compile(fn.bind, k=10, max_tokens=20, delimiter_id=29892, prefix_block=256)(
         params, prefix_btd)                      # OneShot; rank it with decoding.label_lists
 
-The network offers `prefill(prefix_btd, valid_bt=, prefix_block=) -> (logits_bv, cache)`,
-`fork(cache, k, slots) -> branches` with a method `select(index_bw)`, and
-`extend(tokens_br, branches) -> (logits_brv, branches)`; `models.llama.Llama` is one.
+The network offers what `decoding.generate` needs; its cache `fork(k, slots)`, which gives a cache
+of branches with a method `select(index_bw)`. `models.llama.Llama` is one.
 """
 
 from __future__ import annotations
@@ -46,6 +45,44 @@ class OneShot:
     probs_bkt: jax.Array
     lengths_bk: jax.Array
     ended_bk: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Of a loop over w of the r branches of every image.
+
+    Attributes:
+      index: int32, tokens behind the first.
+      token_bw: int32, what the network reads next.
+      live_bw: bool, labels that have not ended.
+      number_bw: int32, which of the r branches it is.
+      branches: their cache.
+      ids_brt, probs_brt: what was found, of all branches.
+    """
+
+    index: jax.Array
+    token_bw: jax.Array
+    live_bw: jax.Array
+    number_bw: jax.Array
+    branches: Any
+    ids_brt: jax.Array
+    probs_brt: jax.Array
+
+    def narrowed(self, width: int) -> State:
+        """With `width` branches, the live ones among them."""
+        keep_bw = jnp.argsort(~self.live_bw, axis=1, stable=True)[:, :width]
+        token_bw, live_bw, number_bw = (
+            jnp.take_along_axis(x, keep_bw, axis=1)
+            for x in (self.token_bw, self.live_bw, self.number_bw)
+        )
+        return dataclasses.replace(
+            self,
+            token_bw=token_bw,
+            live_bw=live_bw,
+            number_bw=number_bw,
+            branches=self.branches.select(keep_bw),
+        )
 
 
 def decode(
@@ -85,7 +122,10 @@ def decode(
     """
     if k < 1 or max_tokens < 1:
         raise ValueError(f"k {k} and max_tokens {max_tokens} must be at least 1")
-    logits_bv, cache = network.prefill(prefix_btd, valid_bt=valid_bt, prefix_block=prefix_block)
+    empty = network.make_cache(*prefix_btd.shape[:2])
+    logits_bv, _, cache = network.step(
+        prefix_btd, empty, valid_bt=valid_bt, prefix_block=prefix_block
+    )
     b, vocabulary = logits_bv.shape
     if k > vocabulary:
         raise ValueError(f"k {k} is larger than the vocabulary of {vocabulary} tokens; lower k")
@@ -133,27 +173,32 @@ def _complete(network, cache, token_br, live_br, max_tokens, ends):
     image_b1 = jnp.arange(b)[:, None]
 
     def extend(state):
-        i, token_bw, live_bw, number_bw, branches, ids_brt, probs_brt = state
-        logits_bwv, branches = network.extend(token_bw, branches)
+        live_bw = state.live_bw
+        logits_bwv, _, branches = network.step(network.embed(state.token_bw), state.branches)
         token_bw, prob_bw = _likeliest(logits_bwv)
-        slot = image_b1, number_bw, i
-        ids_brt = ids_brt.at[slot].set(jnp.where(live_bw, token_bw, PAD_ID))
-        probs_brt = probs_brt.at[slot].set(jnp.where(live_bw, prob_bw, 1.0))
+        slot = image_b1, state.number_bw, state.index
+        ids_brt = state.ids_brt.at[slot].set(jnp.where(live_bw, token_bw, PAD_ID))
+        probs_brt = state.probs_brt.at[slot].set(jnp.where(live_bw, prob_bw, 1.0))
         if ends is not None:
             live_bw &= token_bw != ends
-        return i + 1, token_bw, live_bw, number_bw, branches, ids_brt, probs_brt
+        return State(
+            state.index + 1, token_bw, live_bw, state.number_bw, branches, ids_brt, probs_brt
+        )
 
     # One loop per width: as soon as the live branches of every image fit the next one, they move
     # together, so that a few long labels do not pay for all the short ones.
     number_br = jnp.broadcast_to(jnp.arange(r), (b, r))
-    branches = network.fork(cache, r, more)
-    state = (jnp.int32(0), token_br, live_br, number_br, branches, ids_brt, probs_brt)
+    branches = cache.fork(r, more)
+    state = State(jnp.int32(0), token_br, live_br, number_br, branches, ids_brt, probs_brt)
     for width, narrower in _widths(r, shrink=ends is not None):
-        if width < state[1].shape[1]:
-            state = _narrowed(state, width)
-        wanted = lambda state, n=narrower: (state[0] < more) & (state[2].sum(1).max() > n)  # noqa: E731
+
+        def wanted(state, narrower=narrower):
+            return (state.index < more) & (state.live_bw.sum(1).max() > narrower)
+
+        if width < state.token_bw.shape[1]:
+            state = state.narrowed(width)
         state = jax.lax.while_loop(wanted, extend, state)
-    return state[-2:]
+    return state.ids_brt, state.probs_brt
 
 
 def _widths(r, shrink):
@@ -162,13 +207,6 @@ def _widths(r, shrink):
     while shrink and widths[-1] // _SHRINK >= _NARROWEST:
         widths.append(widths[-1] // _SHRINK)
     return list(zip(widths, [*widths[1:], 0]))
-
-
-def _narrowed(state, width):
-    i, token_br, live_br, number_br, branches, *found = state
-    keep_bw = jnp.argsort(~live_br, axis=1, stable=True)[:, :width]
-    moved = (jnp.take_along_axis(x, keep_bw, axis=1) for x in (token_br, live_br, number_br))
-    return (i, *moved, branches.select(keep_bw), *found)
 
 
 def _likeliest(logits_brv):

@@ -137,10 +137,3 @@ def _top_p(logits_bv, top_p):
     drop_bv = (tail_bv <= 1 - top_p).at[:, -1].set(False)
     drop_bv = jnp.take_along_axis(drop_bv, jnp.argsort(order_bv, axis=-1), axis=-1)
     return jnp.where(drop_bv, _NEVER, logits_bv)
-
-
-def penalized(logits_rv: jax.Array, seen_rv: jax.Array, penalty: float) -> jax.Array:
-    """Logits of the ids seen, divided by the penalty; as published, negative ones grow by it."""
-    if penalty in (0, 1):
-        return logits_rv
-    return jnp.where(seen_rv, logits_rv / penalty, logits_rv)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from vlm_jax.models import branches
+from vlm_jax.models import caches
 from vlm_jax.nn import functional, norms
-from vlm_jax.ops import attention, matmul, partition, rope
+from vlm_jax.ops import matmul, partition, rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,48 +165,16 @@ DECODE_SHARDING_RULES = (
 )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens seen so far; a pytree, passed in and returned.
-
-    Attributes:
-      layers: {"k", "v"}: [L, B*K, S, H] for scanned layers, else one such dict per layer with
-        [B*K, S, H]: the layout in which one query reads it in place (attention._one_query).
-      valid_bs: bool, slots that hold a real token.
-      index: int32, the next free slot, the same for all rows (shorter prompts are left-padded).
-    """
-
-    layers: dict
-    valid_bs: jax.Array
-    index: jax.Array
-
-    def rows(self, index_r: jax.Array) -> Cache:
-        """The cache of these rows: repeats a prompt for several samples, reorders beams."""
-        axis = 1 if "k" in self.layers else 0
-        b = self.valid_bs.shape[0]
-
-        def take(x):
-            split = x.reshape(*x.shape[:axis], b, -1, *x.shape[axis + 1 :])
-            rows = jnp.take(split, index_r, axis=axis)
-            return rows.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
-
-        return Cache(jax.tree.map(take, self.layers), self.valid_bs[index_r], self.index)
-
-    def cut(self, length: jax.Array) -> Cache:
-        """The cache of the first `length` slots; what is in the others will be overwritten."""
-        valid_bs = self.valid_bs & (jnp.arange(self.valid_bs.shape[1]) < length)
-        return Cache(self.layers, valid_bs, jnp.asarray(length, jnp.int32))
-
-
-def make_cache(cfg: LlamaConfig, batch: int, length: int, dtype=None) -> Cache:
+def make_cache(cfg: LlamaConfig, batch: int, length: int, dtype=None) -> caches.Cache:
     """An empty cache for `length` tokens; dtype None is the compute dtype."""
     shape = (batch * cfg.kv_heads, length, cfg.head_size)
-    empty = lambda *stack: {  # noqa: E731
-        name: jnp.zeros((*stack, *shape), dtype or cfg.dtype) for name in ("k", "v")
-    }
+
+    def empty(*stack):
+        return {name: jnp.zeros((*stack, *shape), dtype or cfg.dtype) for name in ("k", "v")}
+
     layers = empty(cfg.depth) if cfg.scan_layers else {str(i): empty() for i in range(cfg.depth)}
-    return Cache(layers, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
+    valid_bs = jnp.zeros((batch, length), bool)
+    return caches.Cache(layers, valid_bs, jnp.zeros((), jnp.int32), fresh=True)
 
 
 @jax.tree_util.register_dataclass
@@ -215,24 +184,17 @@ class Output:
 
     logits: jax.Array
     hidden: jax.Array
-    cache: Cache | None = None
+    cache: Any = None
 
 
 class Llama(nnx.Module):
     """The network. Arguments named alike mean the same in every method.
 
     Arguments of the methods:
-      tokens_bt: int32.
-      positions_bt: int32; None counts the valid tokens of each row from 0, cached ones included.
-      segments_bt: int32 document numbers, 0 is padding; tokens see only their own document. Not
-        together with a cache.
-      valid_bt: bool, False for padding, which nobody reads; None is all valid.
-      prefix_block: the first so many tokens see one another both ways (an image); static.
-      mask_bts: bool, who reads whom, instead of the causal order. Not together with a cache.
-      cache: from `make_cache`, with room for T more tokens; or `branches.Branches`, and then axis t
-        is one new token of each branch.
-      fresh: the cache is empty (static). Attention then reads the new tokens only, without a mask
-        over slots, and may use a fast kernel.
+      tokens_bt: int32. x_btd: vectors in the space of the embedding.
+      cache: from `make_cache`, with room for T more tokens; or its `fork`, and then axis t is one
+        new token of each branch; see `models.caches`.
+      **context: fields of `caches.Context`: who reads whom, and where tokens stand.
     """
 
     def __init__(self, cfg: LlamaConfig, rngs: nnx.Rngs):
@@ -247,166 +209,107 @@ class Llama(nnx.Module):
             sizes = (cfg.vocab_size, cfg.width) if cfg.fused else (cfg.width, cfg.vocab_size)
             self.lm_head = Kernel(cfg, rngs, sizes)
 
-    def __call__(self, tokens_bt, **kwargs) -> Output:
-        """Logits of every position; `kwargs` as in `transform`."""
-        hidden_btd, cache = self.transform(self.embed(tokens_bt), **kwargs)
+    def __call__(self, tokens_bt, *, cache=None, **context) -> Output:
+        """Logits of every position."""
+        hidden_btd, cache = self.transform(self.embed(tokens_bt), cache=cache, **context)
         return Output(self.logits(hidden_btd), hidden_btd, cache)
 
-    def hidden_states(self, tokens_bt, **kwargs):
+    def make_cache(self, batch: int, length: int) -> caches.Cache:
+        """An empty cache for this network; see `make_cache` of the module."""
+        return make_cache(self.cfg, batch, length)
+
+    def step(self, x_btd, cache, *, length=None, **context) -> caches.Step:
+        """One call of a decoding loop.
+
+        Args:
+          x_btd: a prompt, the next token of every row, or [B, R, D] that of every branch.
+          cache: of either kind.
+          length: int32, only so many vectors of a prompt are real, in every row; those behind fill
+            up a shape. Causality hides them, so no mask is needed.
+          **context: as above; of `valid_bt` the last real vector of a row counts.
+
+        Returns:
+          Step: logits and hidden state behind the last vector.
+        """
+        hidden_btd, cache = self.transform(x_btd, cache=cache, **context)
+        last, cache = cache.last(hidden_btd, context.get("valid_bt"), length)
+        return caches.Step(cache.squeeze(self.logits(last)), cache.squeeze(last), cache)
+
+    def transform(self, x_btd, *, cache=None, **context):
+        """(hidden_btd after the final norm, cache)."""
+        call = caches.open_call(cache, x_btd, caches.Context(**context))
+        x_btd, own, _ = self._blocks(x_btd, call)
+        return self.final_norm(x_btd), call.close(own)
+
+    def hidden_states(self, tokens_bt=None, *, x_btd=None, cache=None, **context):
         """What enters the first block and what leaves each, [depth + 1, B, T, D].
 
         The last is behind the final norm, what `logits` reads, as transformers'
-        `output_hidden_states` gives them. In the compute dtype.
+        `output_hidden_states` gives them. In the compute dtype. Of tokens, or of vectors.
 
-        Args:
-          tokens_bt: int32.
-          **kwargs: as in `transform`, without a cache.
+        Raises:
+          ValueError: a cache: whole sequences only.
         """
-        x_btd = self.embed(tokens_bt)
-        hidden_btd, left_lbtd = self.transform(x_btd, keep=True, **kwargs)
-        return jnp.concatenate([x_btd[None], left_lbtd[:-1], hidden_btd[None]])
+        x_btd = self.embed(tokens_bt) if x_btd is None else x_btd
+        call = _watched(x_btd, cache, context)
+        last_btd, _, left_lbtd = self._blocks(x_btd, call, keep=lambda x_btd, own: x_btd)
+        last_btd = self.final_norm(last_btd)
+        return jnp.concatenate([x_btd[None], left_lbtd[:-1], last_btd[None]])
 
-    def step(self, tokens_bt, cache, *, valid_bt=None, fresh=False, length=None):
-        """One call of a decoding loop: (float32 logits_bv after the last token, cache).
+    def attention_maps(self, tokens_bt=None, *, x_btd=None, cache=None, **context):
+        """Attention of every layer after the softmax, float32[depth, B, n, T, T]; to look at.
 
-        With `length`, int32, only so many of the tokens of a fresh cache are real, in every row;
-        those behind fill up a shape. Causality hides them, so no mask is needed.
+        Of tokens, or of vectors.
+
+        Raises:
+          ValueError: as `hidden_states`.
         """
-        hidden_btd, cache = self.transform(
-            self.embed(tokens_bt), valid_bt=valid_bt, cache=cache, fresh=fresh
-        )
-        last_b1d = hidden_btd[:, -1:]
-        if length is not None:
-            last_b1d = jax.lax.dynamic_slice_in_dim(hidden_btd, length - 1, 1, axis=1)
-            cache = cache.cut(length)
-        return self.logits(last_b1d)[:, 0], cache
+        x_btd = self.embed(tokens_bt) if x_btd is None else x_btd
+        call = caches.Maps(_watched(x_btd, cache, context))
+        return self._blocks(x_btd, call, keep=lambda x_btd, maps_bnts: maps_bnts)[2]
 
-    def prefill(self, x_btd, *, valid_bt=None, prefix_block=0):
-        """(float32 logits_bv after the last valid vector, a cache without free slots)."""
-        b, t, _ = x_btd.shape
-        hidden_btd, cache = self.transform(
-            x_btd,
-            valid_bt=valid_bt,
-            prefix_block=prefix_block,
-            cache=make_cache(self.cfg, b, t),
-            fresh=True,
-        )
-        if valid_bt is None:
-            last_b1d = hidden_btd[:, -1:]
-        else:
-            last_b = t - 1 - jnp.argmax(valid_bt[:, ::-1], axis=1)
-            last_b1d = jnp.take_along_axis(hidden_btd, last_b[:, None, None], axis=1)
-        return self.logits(last_b1d)[:, 0], cache
+    def _blocks(self, x_btd, call, keep=None):
+        """(x_btd, what the layers made of their states, [L, ...] what `keep` takes of each)."""
+        angles = rope.table(call.positions_bt, self.cfg.head_size, self.cfg.rope_theta)
 
-    def fork(self, cache: Cache, num_branches: int, num_slots: int) -> branches.Branches:
-        """Continuations of a prefix; see `branches.fork`."""
-        return branches.fork(cache, num_branches, num_slots)
-
-    def extend(self, tokens_br, cache: branches.Branches):
-        """One more token in every branch: (float32 logits_brv of the next, cache)."""
-        hidden_brd, cache = self.transform(self.embed(tokens_br), cache=cache)
-        return self.logits(hidden_brd), cache
-
-    def transform(
-        self,
-        x_btd,
-        *,
-        positions_bt=None,
-        segments_bt=None,
-        valid_bt=None,
-        prefix_block: int = 0,
-        mask_bts=None,
-        cache: Cache | branches.Branches | None = None,
-        fresh: bool = False,
-        keep: bool = False,
-    ):
-        """Vectors in the space of the embedding -> (hidden_btd after the final norm, cache).
-
-        With `keep`, what leaves each block stands in for the cache, [depth, B, T, D].
-        """
-        if keep and cache is not None:
-            raise ValueError("keep and cache cannot be combined")
-        if isinstance(cache, branches.Branches):
-            return self._transform_branches(x_btd, cache)
-        b, t, _ = x_btd.shape
-        where, index, seen_b = dict(causal=True, prefix=prefix_block), 0, 0
-        if mask_bts is not None:
-            if cache is not None:
-                raise ValueError("mask_bts and cache cannot be combined")
-            where = dict(mask_bts=mask_bts)
-        if segments_bt is not None:
-            if cache is not None:
-                raise ValueError("segments_bt and cache cannot be combined")
-            where.update(q_segments_bt=segments_bt, kv_segments_bs=segments_bt)
-        if cache is not None:
-            if t > cache.valid_bs.shape[1]:
-                raise ValueError(f"{t} tokens for a cache of {cache.valid_bs.shape[1]} slots")
-            index = 0 if fresh else cache.index
-            seen_b = 0 if fresh else cache.valid_bs.sum(axis=1, dtype=jnp.int32)[:, None]
-            new_bt = jnp.ones((b, t), bool) if valid_bt is None else valid_bt
-            valid_bs = jax.lax.dynamic_update_slice(cache.valid_bs, new_bt, (0, index))
-            if not fresh:
-                where.update(q_offset=index, kv_valid_bs=valid_bs)
-        if valid_bt is not None and (cache is None or fresh):
-            where.update(kv_valid_bs=valid_bt)
-        if positions_bt is None:
-            count_bt = jnp.arange(1, t + 1)[None] if valid_bt is None else _count(valid_bt)
-            positions_bt = jnp.maximum(seen_b + count_bt - 1, 0)
-        angles = rope.table(positions_bt, self.cfg.head_size, self.cfg.rope_theta)
-
-        context = angles, where, index, fresh
-        x_btd, layers = self._blocks(x_btd, cache and cache.layers, *context, keep=keep)
-        if cache is not None:
-            cache = Cache(layers, valid_bs, cache.index + t)
-        return self.final_norm(x_btd), layers if keep else cache
-
-    def _transform_branches(self, x_brd, cache):
-        prefix = cache.prefix
-        positions_b1 = prefix.valid_bs.sum(axis=1, dtype=jnp.int32)[:, None] + cache.index
-        angles = rope.table(positions_b1, self.cfg.head_size, self.cfg.rope_theta)
-        where = dict(length=cache.index + 1, prefix_valid_bs=prefix.valid_bs)
-        layers = {i: {"prefix": prefix.layers[i], "own": cache.own[i]} for i in cache.own}
-        if self.cfg.scan_layers:
-            layers = {"prefix": prefix.layers, "own": cache.own}
-        x_brd, own = self._blocks(x_brd, layers, angles, where, cache.index, False)
-        return self.final_norm(x_brd), branches.Branches(prefix, own, cache.index + 1)
-
-    def _blocks(self, x_btd, caches, *context, keep=False):
-        def block(x_btd, module, cache):
+        def block(x_btd, module, own, shared):
             x_btd = partition.constrain(x_btd, partition.BATCH, None, None)
-            x_btd, cache = module(x_btd, cache, *context)
-            return x_btd, x_btd if keep else cache
+            x_btd, own = module(x_btd, angles, call, own, shared)
+            return x_btd, own if keep is None else keep(x_btd, own)
 
         if not self.cfg.scan_layers:
-            filled = {}
+            left = {}
             for i, module in enumerate(self.layers):
-                cache = None if caches is None else caches[str(i)]
-                x_btd, filled[str(i)] = _remat(block, self.cfg)(x_btd, module, cache)
-            return x_btd, jnp.stack(list(filled.values())) if keep else filled
+                own, shared = (x and x[str(i)] for x in (call.own, call.shared))
+                x_btd, left[str(i)] = _remat(block, self.cfg)(x_btd, module, own, shared)
+            if keep is None:
+                return x_btd, left, None
+            return x_btd, None, jnp.stack(list(left.values()))
         graph, stacked = nnx.split(self.layers)
-        if caches is not None and not keep:
-            return self._scan_in_place(block, graph, stacked, x_btd, caches)
-        return jax.lax.scan(
-            _remat(lambda x_btd, xs: block(x_btd, nnx.merge(graph, xs[0]), xs[1]), self.cfg),
-            x_btd,
-            (stacked, caches),
-        )
+        if call.own is not None:
+            return *self._scan_in_place(block, graph, stacked, x_btd, call), None
 
-    def _scan_in_place(self, block, graph, stacked, x_btd, caches):
+        def layer(x_btd, stacked):
+            return block(x_btd, nnx.merge(graph, stacked), None, None)
+
+        x_btd, left = jax.lax.scan(_remat(layer, self.cfg), x_btd, stacked)
+        return x_btd, None, left
+
+    def _scan_in_place(self, block, graph, stacked, x_btd, call):
         """Over the layers with their caches as part of the state: never two of all of them."""
-        prefix, own = caches.get("prefix"), caches.get("own", caches)
 
         def layer(state, xs):
             x_btd, own = state
-            module, i, prefix = xs
-            cache = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), own)
-            cache = cache if prefix is None else {"prefix": prefix, "own": cache}
-            x_btd, filled = block(x_btd, nnx.merge(graph, module), cache)
-            put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0)  # noqa: E731
-            return (x_btd, jax.tree.map(put, own, filled)), None
+            module, i, shared = xs
+            mine = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), own)
+            x_btd, mine = block(x_btd, nnx.merge(graph, module), mine, shared)
+            own = jax.tree.map(
+                lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0), own, mine
+            )
+            return (x_btd, own), None
 
         steps = jnp.arange(self.cfg.depth)
-        return jax.lax.scan(layer, (x_btd, own), (stacked, steps, prefix))[0]
+        return jax.lax.scan(layer, (x_btd, call.own), (stacked, steps, call.shared))[0]
 
     def logits(self, hidden_btd):
         """float32 logits_btv of the next token."""
@@ -437,11 +340,11 @@ class Block(nnx.Module):
         self.mlp_norm = norms.RMSNorm(cfg.width, cfg.rms_eps, cfg.param_dtype, stack)
         self.mlp = Mlp(cfg, rngs, stack)
 
-    def __call__(self, x_btd, cache, *context):
-        """The block's output and this layer's cache."""
-        update_btd, cache = self.attn(self.attn_norm(x_btd), cache, *context)
+    def __call__(self, x_btd, angles, call, own, shared):
+        """(the block's output, this layer's state); arguments as of `Attention`."""
+        update_btd, own = self.attn(self.attn_norm(x_btd), angles, call, own, shared)
         x_btd = x_btd + update_btd
-        return x_btd + self.mlp(self.mlp_norm(x_btd)), cache
+        return x_btd + self.mlp(self.mlp_norm(x_btd)), own
 
 
 class Attention(nnx.Module):
@@ -459,22 +362,18 @@ class Attention(nnx.Module):
             self.v = Kernel(cfg, rngs, (*stack, d, k, h))
             self.o = Kernel(cfg, rngs, (*stack, n, h, d))
 
-    def __call__(self, x_btd, cache, angles, where, index, fresh):
-        """`where` holds the arguments of `attend`; new keys go to slot `index` of the cache."""
+    def __call__(self, x_btd, angles, call, own, shared):
+        """(x_btd, this layer's state).
+
+        Args:
+          angles: of rotary embedding.
+          call: `caches.Call`, which knows who reads whom.
+          own, shared: this layer's part of the cache.
+        """
         q_btnh, k_btkh, v_btkh = self._project(x_btd)
         q_btnh, k_btkh = rope.rotate(q_btnh, *angles), rope.rotate(k_btkh, *angles)
-        if cache is not None and "own" in cache:
-            b, new = len(x_btd), {"k": k_btkh, "v": v_btkh}
-            own = {name: branches.write(cache["own"][name], new[name], index) for name in new}
-            prefix = [_read(cache["prefix"][name], b) for name in new]
-            o_btnh = attention.attend_branches(q_btnh, *prefix, own["k"], own["v"], **where)
-            return self._merge(o_btnh), own
-        if cache is not None:
-            cache = {"k": _write(cache["k"], k_btkh, index), "v": _write(cache["v"], v_btkh, index)}
-            if not fresh:
-                k_btkh, v_btkh = (_read(cache[name], x_btd.shape[0]) for name in ("k", "v"))
-        o_btnh = attention.attend(q_btnh, k_btkh, v_btkh, **where)
-        return self._merge(o_btnh), cache
+        o_btnh, own = call.attend(own, shared, q_btnh, k_btkh, v_btkh)
+        return self._merge(o_btnh), own
 
     def _project(self, x_btd):
         if self.cfg.fused:
@@ -549,24 +448,16 @@ def _normal(cfg, rngs, sizes):
     return 0.02 * jax.random.normal(rngs.params(), sizes, cfg.param_dtype)
 
 
+def _watched(x_btd, cache, context):
+    if cache is not None:
+        raise ValueError("hidden states and attention maps are of whole sequences; leave out cache")
+    return caches.open_call(None, x_btd, caches.Context(**context))
+
+
 def _remat(f, cfg):
     policy = _REMAT[cfg.remat]
     # Inside scan nothing can be merged across iterations, so the barriers are not needed.
     return jax.checkpoint(f, policy=policy, prevent_cse=not cfg.scan_layers) if policy else f
-
-
-def _count(valid_bt):
-    return jnp.cumsum(valid_bt, axis=1, dtype=jnp.int32)
-
-
-def _write(cache_zsh, new_btkh, index):
-    _, t, _, h = new_btkh.shape
-    new_zth = new_btkh.swapaxes(1, 2).reshape(-1, t, h).astype(cache_zsh.dtype)
-    return jax.lax.dynamic_update_slice(cache_zsh, new_zth, (0, index, 0))
-
-
-def _read(cache_zsh, b):
-    return cache_zsh.reshape(b, -1, *cache_zsh.shape[1:]).swapaxes(1, 2)
 
 
 def decode_form(params, cfg: LlamaConfig):

@@ -355,7 +355,6 @@ class Lvm(saving.Model):
         if key not in self._generators:
             self._generators[key] = generate.compile(
                 self._network.bind,
-                lambda batch, length: llama.make_cache(self.cfg, batch, length),
                 most_images * size,
                 sampler=fixed,
                 num_samples=candidates,
@@ -368,7 +367,7 @@ class Lvm(saving.Model):
             out = self._generators[key](
                 self.params, filled, rng_, knobs=sampler.knobs, lengths=lengths
             )
-            parts.append(np.asarray(out)[:count, :, :new])
+            parts.append(np.asarray(out.tokens_bst)[:count, :, :new])
         return np.concatenate(parts)
 
     @property

@@ -248,17 +248,16 @@ class LvmTask:
             true_ids = batch["targets"][:, end - 1 : end - 1 + size]  # target t is token t + 1
         cfg = llama.decoding_config(params, self.cfg)
         module = llama.make(cfg).bind(params)
-        cache = llama.make_cache(cfg, prompt_bt.shape[0], prompt_bt.shape[1] + new)
         sampler = sampling.Sampler(
             temperature=self.temperature if temperature is None else temperature,
             top_k=self.top_k if top_k is None else top_k,
             top_p=self.top_p if top_p is None else top_p,
             suppress_from=self.codebook_size,
         )
-        ids = generate.generate(
-            module.step, cache, prompt_bt, new, rng, sampler=sampler, valid_bt=valid_bt
+        made = generate.generate(
+            module, module.embed(prompt_bt), new, rng, sampler=sampler, valid_bt=valid_bt
         )
-        ids = jnp.squeeze(ids, 1)
+        ids = made.tokens_bst[:, 0]
         if true_ids is None:
             return {"ids": ids}
         return {"ids": ids, "token_match": (ids == true_ids).mean(axis=1, dtype=jnp.float32)}

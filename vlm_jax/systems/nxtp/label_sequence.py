@@ -8,21 +8,20 @@ which). Two programs for two masks:
                        (`masks.sequential_labels`). Earlier rows change with every delimiter, so
                        all of the sequence is computed again for every token.
 
-The network offers what `decoding.one_shot` needs, and for the second program
+The network offers what `decoding.generate` needs, and for the second program
 `transform(x_btd, mask_bts=) -> (hidden_btd, None)`, `logits` and `embed`. Cut the result into
 labels with `label_lists.sequence_groups`.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.decoding import sampling
+from vlm_jax.decoding import generate, processors, sampling
 from vlm_jax.ops import masks
 
 PENALTY = 1.2  # upstream: configs/config_base.py
@@ -58,28 +57,20 @@ def decode(
     Raises:
       ValueError: num_new or num_samples below 1.
     """
-    _check(num_new, num_samples)
-    logits_bv, cache = network.prefill(prefix_btd, valid_bt=valid_bt, prefix_block=prefix_block)
-    b, v = logits_bv.shape
-    rows = b * num_samples
-    pick = functools.partial(_pick, rng, sampler, penalty)
-    state = jnp.repeat(logits_bv, num_samples, axis=0), jnp.zeros((rows, v), bool)
-    token_r, prob_r, seen_rv = pick(0, *state)
-
-    def extend(state, i):
-        token_r, seen_rv, branches = state
-        tokens_br = token_r.reshape(b, num_samples)
-        logits_brv, branches = network.extend(tokens_br, branches)
-        token_r, prob_r, seen_rv = pick(i, logits_brv.reshape(rows, v), seen_rv)
-        return (token_r, seen_rv, branches), (token_r, prob_r)
-
-    branches = network.fork(cache, num_samples, num_new - 1)
-    steps = jnp.arange(1, num_new)
-    _, (ids_tr, probs_tr) = jax.lax.scan(extend, (token_r, seen_rv, branches), steps)
-    return tuple(
-        jnp.concatenate([first_r[None], more_tr]).T.reshape(b, num_samples, num_new)
-        for first_r, more_tr in ((token_r, ids_tr), (prob_r, probs_tr))
+    made = generate.generate(
+        network,
+        prefix_btd,
+        num_new,
+        rng,
+        sampler=sampler,
+        logits_processors=(processors.Penalty(penalty),),
+        num_samples=num_samples,
+        share_prompt=True,
+        prefix_block=prefix_block,
+        valid_bt=valid_bt,
+        logp=True,
     )
+    return made.tokens_bst, jnp.exp(made.logp_bst)
 
 
 def decode_isolating(
@@ -99,11 +90,14 @@ def decode_isolating(
     Args:
       delimiter_id: ends a label.
     """
-    _check(num_new, num_samples)
+    if num_new < 1 or num_samples < 1:
+        raise ValueError(f"num_new {num_new} and num_samples {num_samples} must be at least 1")
     prefix_rtd = jnp.repeat(prefix_btd, num_samples, axis=0)
     rows, p, _ = prefix_rtd.shape
     v = jax.eval_shape(network.logits, prefix_rtd[:, -1:]).shape[-1]
     tokens_t = jnp.arange(num_new)
+
+    fewer = processors.Penalty(penalty)
 
     def extend(state, i):
         ids_rt, seen_rv = state
@@ -116,27 +110,17 @@ def decode_isolating(
         hidden_rsd, _ = network.transform(x_rsd, mask_bts=mask_rts)
         last_r1d = jax.lax.dynamic_slice_in_dim(hidden_rsd, p - 1 + i, 1, axis=1)
         logits_rv = network.logits(last_r1d)[:, 0]
-        token_r, prob_r, seen_rv = _pick(rng, sampler, penalty, i, logits_rv, seen_rv)
+        logits_rv = fewer(logits_rv.astype(jnp.float32), seen_rv)
+        token_r = sampler(jax.random.fold_in(rng, i), logits_rv)
+        prob_rv = jax.nn.softmax(sampler.warp(logits_rv), axis=-1)
+        prob_r = jnp.take_along_axis(prob_rv, token_r[:, None], axis=1)[:, 0]
+        seen_rv = fewer.update(seen_rv, token_r, None)
         return (ids_rt.at[:, i].set(token_r), seen_rv), prob_r
 
-    state = jnp.zeros((rows, num_new), jnp.int32), jnp.zeros((rows, v), bool)
+    state = jnp.zeros((rows, num_new), jnp.int32), fewer.init((rows,), v)
     (ids_rt, _), probs_tr = jax.lax.scan(extend, state, tokens_t)
     shape = len(prefix_btd), num_samples, num_new
     return ids_rt.reshape(shape), probs_tr.T.reshape(shape)
-
-
-def _check(num_new, num_samples):
-    if num_new < 1 or num_samples < 1:
-        raise ValueError(f"num_new {num_new} and num_samples {num_samples} must be at least 1")
-
-
-def _pick(rng, sampler, penalty, i, logits_rv, seen_rv):
-    """(token_r, its probability, seen_rv with it)."""
-    logits_rv = sampling.penalized(logits_rv.astype(jnp.float32), seen_rv, penalty)
-    token_r = sampler(jax.random.fold_in(rng, i), logits_rv)
-    logp_rv = jax.nn.log_softmax(sampler.warp(logits_rv), axis=-1)
-    row_r = jnp.arange(len(token_r))
-    return token_r, jnp.exp(logp_rv[row_r, token_r]), seen_rv.at[row_r, token_r].set(True)
 
 
 def compile(

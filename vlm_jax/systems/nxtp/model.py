@@ -209,7 +209,7 @@ class Nxtp(saving.Model):
             def run(params, image_u8, prompt_bt):
                 module = self._network.bind(params)
                 x_btd = module.inputs(clip.normalize(image_u8), prompt_bt)
-                return module.decoder.attention_maps(x_btd, prefix_block=self.cfg.num_image)
+                return module.decoder.attention_maps(x_btd=x_btd, prefix_block=self.cfg.num_image)
 
             self._compiled["attention"] = jax.jit(run)
         maps = self._compiled["attention"](self.params, photos[:1], self._prompt[None])

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from vlm_jax.models import clip, llama, vgg_tower
 from vlm_jax.nn import functional
-from vlm_jax.ops import attention, matmul, partition, rope
+from vlm_jax.ops import matmul, partition
 
 NUM_ADDED = 2  # ids behind the vocabulary: image marker, then empty
 
@@ -142,35 +142,6 @@ class Decoder(llama.Llama):
     def __init__(self, cfg: llama.LlamaConfig, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
         self.embed = Embed(cfg, rngs)
-
-    def attention_maps(self, x_btd, *, prefix_block=0):
-        """Post-softmax attention of every layer, float32[L, B, n, T, T]; for looking at.
-
-        Needs the training layout. Scores are never made here: attending to the columns of the
-        identity gives the weights themselves.
-        """
-        cfg, (b, t, _) = self.cfg, x_btd.shape
-        graph, stacked = nnx.split(self.layers)
-        positions_bt = jnp.broadcast_to(jnp.arange(t), (b, t))
-        angles = rope.table(positions_bt, cfg.head_size, cfg.rope_theta)
-        where = dict(causal=True, prefix=prefix_block)
-        short = -t % cfg.head_size
-        columns = jnp.eye(t, t + short, dtype=jnp.float32)
-
-        def layer(x_btd, state):
-            block = nnx.merge(graph, state)
-            normed_btd = block.attn_norm(x_btd)
-            q_btnh = rope.rotate(block.attn.q("btd,dnh->btnh", normed_btd), *angles)
-            k_btkh = rope.rotate(block.attn.k("btd,dkh->btkh", normed_btd), *angles)
-            parts = []
-            for part_th in jnp.split(columns, (t + short) // cfg.head_size, axis=1):
-                v_btkh = jnp.broadcast_to(part_th[None, :, None], k_btkh.shape)
-                parts.append(attention.attend(q_btnh, k_btkh, v_btkh, **where))
-            maps_bnts = jnp.concatenate(parts, axis=-1)[..., :t].swapaxes(1, 2)
-            x_btd, _ = block(x_btd, None, angles, where, 0, False)
-            return x_btd, maps_bnts.astype(jnp.float32)
-
-        return jax.lax.scan(layer, x_btd, stacked)[1]
 
 
 class Embed(nnx.Module):
