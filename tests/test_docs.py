@@ -139,6 +139,18 @@ def test_the_networks_alone():
     assert names["cosines"].shape == (2, 3)
 
 
+def test_generation():
+    names = {}
+    for block in blocks(ROOT / "docs" / "generation.md", "python"):
+        exec(block, names)
+    made = names["continue_"](names["fast"], np.arange(8)[None], names["jax"].random.key(1))
+    assert made.tokens_bst.shape == (1, 2, 6)
+    assert names["found"].ids_bwt.shape == (1, 3, 6)
+    assert (
+        names["made"].carry.shape == (1, 6, 128) and np.asarray(names["made"].carry).any(-1).all()
+    )
+
+
 @pytest.mark.slow
 def test_the_api_reference(tmp_path):
     """Built without a warning, with the page on the networks in it."""
