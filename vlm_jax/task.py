@@ -51,8 +51,14 @@ class Task(Protocol):
     def init(self, rng: Key) -> Params:
         """Random parameters. Traced by `eval_shape`; must not touch the disk."""
 
-    def loss(self, params: Params, batch: Batch, rng: Key) -> tuple[Array, dict[str, Array]]:
-        """Mean loss over the *global* batch, and the scalars worth plotting."""
+    def loss(self, params: Params, batch: Batch, rng: Key) -> tuple[Any, dict[str, Any]]:
+        """The loss over the *global* batch, and what is worth plotting.
+
+        The loss is {name: `ops.losses.Term`}: sums, and the weights that they are divided by, so
+        that parts of a batch with unequal counts give the loss and gradient of the whole. A scalar
+        will do where every row counts alike. Metrics are scalars or Terms; terms of a loss are
+        plotted as `loss/NAME` without being asked for.
+        """
 
 
 class OptionalTask(Protocol):
@@ -75,7 +81,7 @@ class OptionalTask(Protocol):
 
     def loss_at(
         self, params: Params, batch: Batch, rng: Key, *, step: Array
-    ) -> tuple[Array, dict[str, Array]]:
+    ) -> tuple[Any, dict[str, Any]]:
         """`loss` of one update (int32, from 0): for losses that change while training."""
 
     def after_update(self, state: Mapping[str, Any], batch: Batch, rng: Key) -> Mapping[str, Any]:

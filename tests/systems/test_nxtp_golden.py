@@ -173,7 +173,7 @@ def gradients(golden, batch):
     learned, frozen = optim.split(golden.params, TRAINED)
 
     def loss(learned, task):
-        return task.loss(optim.merge(learned, frozen), batch, None)[0]
+        return losses.value(task.loss(optim.merge(learned, frozen), batch, None)[0])
 
     chunked = task.NxtpTask(golden.cfg, loss_chunk=16, delimiter_id=335)
     both = [

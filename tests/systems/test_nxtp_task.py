@@ -15,6 +15,7 @@ import pytest
 from vlm_jax.data import records, wheels
 from vlm_jax.models import llama as llama_model
 from vlm_jax.nn import functional
+from vlm_jax.ops import losses
 from vlm_jax.program import config as config_lib
 from vlm_jax.program import optim
 from vlm_jax.systems import nxtp
@@ -83,7 +84,7 @@ def test_a_batch_that_fits(task, params):
     batch = make_batch(task)
     task.check_batch(batch)
     assert task.units_per_step(batch) == ("images", 2.0)
-    loss, metrics = jax.jit(task.loss)(params, batch, None)
+    loss, metrics = jax.jit(lambda *args: losses.numbers(task.loss(*args)))(params, batch, None)
     assert 3 < float(loss) < 7 and float(metrics["scored_tokens"]) == 12
     outputs = jax.jit(task.predict["one_shot"])(params, batch, None)
     assert outputs["ids"].shape == (2, 3, 4)
@@ -146,7 +147,9 @@ def test_frozen_blocks_have_no_gradient_no_moments_no_backward_pass(task, params
     batch = make_batch(task)
 
     def grad(learned):
-        return jax.grad(lambda x: task.loss(optim.merge(x, frozen), batch, None)[0])(learned)
+        return jax.grad(lambda x: losses.value(task.loss(optim.merge(x, frozen), batch, None)[0]))(
+            learned
+        )
 
     assert set(jax.eval_shape(grad, learned)) == set(learned)
     # A transposed product per frozen matrix would be missing here: fewer products than with all.

@@ -14,6 +14,7 @@ from vlm_jax.encoders import image_tokenizer
 from vlm_jax.evaluators import reconstruction
 from vlm_jax.metrics import image_quality
 from vlm_jax.models import vqgan as network
+from vlm_jax.ops import losses
 from vlm_jax.program import config as config_lib
 from vlm_jax.systems import vqgan
 from vlm_jax.weights import export
@@ -89,7 +90,9 @@ def test_formatter_decodes_and_names_what_it_cannot_use():
 
 def test_loss_is_the_weighted_sum_of_its_terms(task, params):
     batch = _batch(task)
-    loss, metrics = jax.jit(task.loss)(params, batch, jax.random.key(0))
+    loss, metrics = jax.jit(lambda *args: losses.numbers(task.loss(*args)))(
+        params, batch, jax.random.key(0)
+    )
     module = task.network.bind(params)
     recon, quantized = module(batch["image01"])
     error = np.asarray(recon) - batch["image01"]
@@ -110,7 +113,7 @@ def test_unreadable_rows_change_nothing(task, params):
         "image01": np.concatenate([batch["image01"], np.zeros((2, 16, 16, 3), np.float32)]),
         "valid": np.array([True] * 4 + [False] * 2),
     }
-    function = jax.jit(lambda p, b: task.loss(p, b, None))
+    function = jax.jit(lambda p, b: losses.numbers(task.loss(p, b, None)))
     loss, metrics = function(params, batch)
     with_rows, more = function(params, padded)
     np.testing.assert_allclose(loss, with_rows, rtol=1e-5)
@@ -126,7 +129,9 @@ def test_overfits_two_pictures_without_collapse(task, params):
     @jax.jit
     def update(state):
         params, opt_state = state
-        (_, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(params, batch, None)
+        (_, metrics), grads = jax.value_and_grad(
+            lambda *args: losses.numbers(task.loss(*args)), has_aux=True
+        )(params, batch, None)
         updates, opt_state = optimizer.update(grads, opt_state)
         return (optax.apply_updates(params, updates), opt_state), metrics
 

@@ -1,4 +1,8 @@
-"""Token losses, float32.
+"""Losses as sums with weights, and token losses, float32.
+
+A loss is a mean of something, and a mean over parts of a batch is not the mean of the parts' means
+when they hold different numbers of it. So a task hands back, per term of its loss, the sum and the
+weight that it is to be divided by (`Term`); the trainer divides when it knows the whole batch.
 
 Two means are in use and they differ whenever rows hold different numbers of scored tokens:
 
@@ -6,18 +10,107 @@ Two means are in use and they differ whenever rows hold different numbers of sco
              weighs as much as a full one; a row with none contributes 0 and still counts.
     "token"  sum w*l / sum w over the whole batch.
 
-Both are `sum(factor * l)` for per-token factors that do not depend on the logits; everything below
-is written in terms of those.
+Both are `sum(factor * l) / weight` for per-token factors that do not depend on the logits;
+everything below is written in terms of those.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vlm_jax.ops import matmul, partition
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """Part of a loss, or a metric: `scale * total / weight`; 0 where the weight is 0.
+
+    Attributes:
+      total: float32 scalar, a sum over the batch.
+      weight: float32 scalar, what it is divided by; a function of the data alone, never of the
+        parameters. None: a count, which is not divided.
+      scale: of the term in the loss; static.
+    """
+
+    total: jax.Array
+    weight: jax.Array | None
+    scale: float = dataclasses.field(default=1.0, metadata=dict(static=True))
+
+    def over(self, weight: jax.Array | None) -> jax.Array:
+        """The term with another weight: that of the whole batch, of which this is a part."""
+        if weight is None:
+            return self.scale * self.total
+        return self.scale * self.total / jnp.maximum(weight, 1e-10)
+
+    @property
+    def mean(self) -> jax.Array:
+        """Its value, float32 scalar."""
+        return self.over(self.weight)
+
+    def scaled(self, scale: float) -> Term:
+        """The same term, weighted in a loss."""
+        return dataclasses.replace(self, scale=self.scale * scale)
+
+
+def weighted(value: jax.Array, weight: jax.Array, scale: float = 1.0) -> Term:
+    """The term of a mean that was already divided by `weight`."""
+    return Term(value * weight, weight, scale)
+
+
+def value(loss: jax.Array | Mapping[str, Term]) -> jax.Array:
+    """A loss as one number: the sum of its terms, each divided by its own weight."""
+    if isinstance(loss, Mapping):
+        return sum((term.mean for term in loss.values()), jnp.zeros(()))
+    return loss
+
+
+def terms(loss: jax.Array | Mapping[str, Term]) -> dict[str, Term]:
+    """A loss as terms; a plain number is one whose weight is the same in every part of a batch."""
+    return dict(loss) if isinstance(loss, Mapping) else {"": Term(loss, jnp.ones(()))}
+
+
+def weights(loss: Mapping[str, Term]) -> dict[str, jax.Array]:
+    """What every term is divided by, without a gradient."""
+    return {name: jax.lax.stop_gradient(term.weight) for name, term in loss.items()}
+
+
+def divided(loss: Mapping[str, Term], by: Mapping[str, jax.Array]) -> jax.Array:
+    """The loss when its terms are divided by these weights.
+
+    With the mean weight of the parts of a batch, the mean of this over the parts is the loss of
+    the whole batch.
+    """
+    return sum((term.over(by[name]) for name, term in loss.items()), jnp.zeros(()))
+
+
+def named(loss: Mapping[str, Term]) -> dict[str, Term]:
+    """Its terms as metrics, where there is more than one."""
+    loss = jax.lax.stop_gradient(dict(loss))
+    return {f"loss/{name}": term for name, term in loss.items()} if len(loss) > 1 else {}
+
+
+def numbers(result: tuple[Any, Mapping[str, Any]]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What a task's loss gave, as (loss, metrics) of one batch by itself."""
+    loss, metrics = result
+    return value(loss), means({**named(terms(loss)), **metrics})
+
+
+def means(metrics: Mapping[str, Any], parts: int = 1) -> dict[str, Any]:
+    """Metrics as numbers; `parts`: they are means over so many parts of a batch."""
+
+    def number(x):
+        if not isinstance(x, Term):
+            return x
+        return x.mean * parts if x.weight is None else x.mean
+
+    return {name: number(x) for name, x in metrics.items()}
 
 
 def token_factors(weights_bt: jax.Array, mean: str = "token") -> jax.Array:
@@ -36,12 +129,18 @@ def token_factors(weights_bt: jax.Array, mean: str = "token") -> jax.Array:
     Raises:
       ValueError: another mean.
     """
+    factor_bt, weight = _factors(weights_bt, mean)
+    return factor_bt / jnp.maximum(weight, 1e-10)
+
+
+def _factors(weights_bt, mean):
+    """(factor_bt, weight): the loss is sum(factor * l) / weight."""
     weights_bt = weights_bt.astype(jnp.float32)
     if mean == "row":
         total_b1 = jnp.maximum(weights_bt.sum(axis=1, keepdims=True), 1e-10)
-        return weights_bt / total_b1 / weights_bt.shape[0]
+        return weights_bt / total_b1, jnp.float32(weights_bt.shape[0])
     if mean == "token":
-        return weights_bt / jnp.maximum(weights_bt.sum(), 1e-10)
+        return weights_bt, weights_bt.sum()
     raise ValueError(f"mean {mean!r} is neither 'row' nor 'token'")
 
 
@@ -67,10 +166,15 @@ def cross_entropy(logits_btv, targets_bt, weights_bt, *, mean: str = "token"):
     Returns:
       (loss, {"loss", "accuracy", "tokens"}): float32 scalars; tokens is the sum of weights.
     """
-    factor_bt = token_factors(weights_bt, mean)
+    return _as_numbers(cross_entropy_terms(logits_btv, targets_bt, weights_bt, mean=mean))
+
+
+def cross_entropy_terms(logits_btv, targets_bt, weights_bt, *, mean: str = "token"):
+    """As `cross_entropy`, but (Term, {"accuracy", "tokens"}: Terms)."""
+    factor_bt, weight = _factors(weights_bt, mean)
     loss = -jnp.sum(factor_bt * token_logp(logits_btv, targets_bt))
     right_bt = jnp.argmax(logits_btv, axis=-1) == targets_bt
-    return loss, _metrics(loss, jnp.sum(factor_bt * right_bt), weights_bt)
+    return _terms(loss, jnp.sum(factor_bt * right_bt), weight, weights_bt)
 
 
 def chunked_cross_entropy(
@@ -95,16 +199,32 @@ def chunked_cross_entropy(
     Raises:
       ValueError: chunk below 1.
     """
+    terms = chunked_cross_entropy_terms(
+        hidden_btd, head_dv, targets_bt, weights_bt, mean=mean, chunk=chunk
+    )
+    return _as_numbers(terms)
+
+
+def chunked_cross_entropy_terms(
+    hidden_btd, head_dv, targets_bt, weights_bt, *, mean: str = "token", chunk: int = 256
+):
+    """As `chunked_cross_entropy`, but (Term, {"accuracy", "tokens"}: Terms)."""
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
-    factor_bt = token_factors(weights_bt, mean)
-    loss, accuracy = _chunked(hidden_btd, head_dv, targets_bt, factor_bt, chunk)
-    return loss, _metrics(loss, accuracy, weights_bt)
+    factor_bt, weight = _factors(weights_bt, mean)
+    loss, right = _chunked(hidden_btd, head_dv, targets_bt, factor_bt, chunk)
+    return _terms(loss, right, weight, weights_bt)
 
 
-def _metrics(loss, accuracy, weights_bt):
+def _terms(loss, right, weight, weights_bt):
     tokens = weights_bt.astype(jnp.float32).sum()
-    return {"loss": loss, "accuracy": jax.lax.stop_gradient(accuracy), "tokens": tokens}
+    accuracy = Term(jax.lax.stop_gradient(right), weight)
+    return Term(loss, weight), {"accuracy": accuracy, "tokens": Term(tokens, None)}
+
+
+def _as_numbers(terms):
+    loss, metrics = terms
+    return loss.mean, {"loss": loss.mean, **means(metrics)}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -49,8 +49,10 @@ class TrainConfig:
     Attributes:
       steps: updates in all.
       batch_size: rows of one update over all devices and accumulation parts.
-      accumulate: parts that a batch is cut into, worked one after the other; gradients are the
-        mean of the parts' means.
+      accumulate: parts that a batch is cut into, worked one after the other.
+      accumulate_mean: "batch": loss and gradient are those of the whole batch, however many
+        supervised tokens a part has; "parts": the mean of the parts' means, as programs have it
+        that divide every part by its own count.
       seed: of parameters, data order and dropout; one per run.
       log_every, save_every: in updates; save_every=0 saves only at the end.
       keep_last: checkpoints kept besides the milestones.
@@ -67,6 +69,7 @@ class TrainConfig:
     steps: int
     batch_size: int
     accumulate: int = 1
+    accumulate_mean: str = "batch"
     seed: int = 0
     log_every: int = 10
     save_every: int = 1000
@@ -88,6 +91,10 @@ class TrainConfig:
             milestone_every=(0, math.inf),
             seed=(0, 2**63 - 1),
         )
+        if self.accumulate_mean not in ("batch", "parts"):
+            raise ValueError(
+                f"accumulate_mean={self.accumulate_mean!r} is neither 'batch' nor 'parts'"
+            )
         if self.failed_evaluation not in scores.ON_FAILURE:
             raise ValueError(
                 f"failed_evaluation={self.failed_evaluation!r} is none of "

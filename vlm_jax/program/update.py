@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from vlm_jax.nn import functional
+from vlm_jax.ops import losses
 from vlm_jax.program import optim, sharding
 
 
@@ -24,21 +25,38 @@ def make_train_step(task: Any, optimizer: optax.GradientTransformation, recipe: 
     schedule = optim.make_schedule(settings, recipe.train.steps)
     loss_at = getattr(task, "loss_at", lambda *args, step: task.loss(*args))
     after_update = getattr(task, "after_update", None)
+    parts, config = recipe.train.accumulate, recipe.train
 
     def train_step(state, batch, rng):
         learned, frozen = optim.split(state["params"], settings.trainable)
         rng = jax.random.fold_in(rng, state["step"])
 
+        def terms_of(learned, piece, index):
+            params = optim.merge(learned, frozen)
+            key = jax.random.fold_in(rng, index)
+            loss, metrics = loss_at(params, piece, key, step=state["step"])
+            return losses.terms(loss), metrics
+
+        def weights_of(piece, index):
+            # Of data alone: all that the parameters do here is unused, and is not computed.
+            return losses.weights(terms_of(learned, piece, index)[0])
+
+        whole = None  # every part by itself
+        if parts > 1 and config.accumulate_mean == "batch":
+            whole = optim.accumulate(weights_of, batch, parts)
+
         def loss_and_grad(piece, index):
             def loss_fn(learned):
-                params = optim.merge(learned, frozen)
-                key = jax.random.fold_in(rng, index)
-                return loss_at(params, piece, key, step=state["step"])
+                terms, metrics = terms_of(learned, piece, index)
+                loss = losses.divided(terms, losses.weights(terms) if whole is None else whole)
+                metrics = {**losses.named(terms), **metrics}
+                return loss, metrics if whole is not None else losses.means(metrics, parts)
 
             (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(learned)
             return grads, {"loss": loss, **metrics}
 
-        grads, metrics = optim.accumulate(loss_and_grad, batch, recipe.train.accumulate)
+        grads, metrics = optim.accumulate(loss_and_grad, batch, parts)
+        metrics = losses.means(metrics, parts)
         updates, opt_state = optimizer.update(grads, state["opt_state"], learned)
         learned = optax.apply_updates(learned, updates)
         new = {
@@ -49,7 +67,7 @@ def make_train_step(task: Any, optimizer: optax.GradientTransformation, recipe: 
         if settings.ema:
             new["ema"] = optax.incremental_update(learned, state["ema"], 1 - settings.ema)
         if after_update:
-            new = after_update(new, batch, jax.random.fold_in(rng, recipe.train.accumulate))
+            new = after_update(new, batch, jax.random.fold_in(rng, parts))
         metrics["optim/grad_norm"] = optax.tree.norm(grads)
         metrics["optim/param_norm"] = optax.tree.norm(learned)
         metrics["optim/lr"] = schedule(state["step"])

@@ -102,12 +102,12 @@ class LvmTask:
         return self.network.init(rng)
 
     def loss(self, params, batch, rng):
-        """(loss, metrics) of a batch; see the table in `format.py`."""
+        """(terms, metrics) of a batch; see the table in `format.py`."""
         module = self.network.bind(params)
         hidden_btd = self._hidden(module, batch)
         targets, weights = batch["targets"], batch["weights"]
         if self.loss_chunk:
-            loss, metrics = losses.chunked_cross_entropy(
+            loss, metrics = losses.chunked_cross_entropy_terms(
                 hidden_btd,
                 module.head_matrix(),
                 targets,
@@ -117,8 +117,13 @@ class LvmTask:
             )
         else:
             logits_btv = module.logits(hidden_btd)
-            loss, metrics = losses.cross_entropy(logits_btv, targets, weights, mean=self.loss_mean)
-        return loss, {"accuracy": metrics["accuracy"], "scored_tokens": metrics["tokens"]}
+            loss, metrics = losses.cross_entropy_terms(
+                logits_btv, targets, weights, mean=self.loss_mean
+            )
+        return {"tokens": loss}, {
+            "accuracy": metrics["accuracy"],
+            "scored_tokens": metrics["tokens"],
+        }
 
     def check_data(self, data: Any, formatter: Any, name: str) -> None:
         """Raises ConfigError when token files do not fit this recipe; see `token_files.check`."""

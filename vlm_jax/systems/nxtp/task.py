@@ -100,20 +100,23 @@ class NxtpTask:
         return {"vision": {"vgg": lpips.load(stages=self.cfg.vision.stages)["vgg"]}}
 
     def loss(self, params, batch, rng):
-        """(loss, metrics) of a batch; see the table in `format.py`. Mean over all its targets."""
+        """(terms, metrics) of a batch; see the table in `format.py`. Mean over all its targets."""
         del rng
         module = self.network.bind(params)
         hidden_btd = self.hidden(module, batch)
         targets, weights = batch["targets"], batch["weights"]
         if self.loss_chunk:
             head = module.decoder.head_matrix()
-            loss, metrics = losses.chunked_cross_entropy(
+            loss, metrics = losses.chunked_cross_entropy_terms(
                 hidden_btd, head, targets, weights, chunk=self.loss_chunk
             )
         else:
             logits_btv = module.decoder.logits(hidden_btd)
-            loss, metrics = losses.cross_entropy(logits_btv, targets, weights)
-        return loss, {"accuracy": metrics["accuracy"], "scored_tokens": metrics["tokens"]}
+            loss, metrics = losses.cross_entropy_terms(logits_btv, targets, weights)
+        return {"tokens": loss}, {
+            "accuracy": metrics["accuracy"],
+            "scored_tokens": metrics["tokens"],
+        }
 
     def hidden(self, module, batch):
         """Outputs of the decoder at the text's places, hidden_btd."""

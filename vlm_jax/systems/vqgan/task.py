@@ -34,6 +34,7 @@ from jax import lax
 
 from vlm_jax.models import patch_discriminator, vgg, vqgan
 from vlm_jax.nn import functional
+from vlm_jax.ops import losses
 from vlm_jax.program import config as config_lib
 from vlm_jax.systems.vqgan import adversary, revival
 from vlm_jax.weights import lpips
@@ -162,15 +163,21 @@ class VqganTask:
         }
 
     def loss(self, params, batch, rng):
-        """(loss, metrics) of a batch, every term on; see the table in `format.py`."""
+        """(terms, metrics) of a batch, every term on; see the table in `format.py`."""
         return self.loss_at(params, batch, rng, step=None)
 
     def loss_at(self, params, batch, rng, *, step):
         """The loss of update number `step`; deterministic."""
         del rng
-        terms, metrics, injected = self._terms(params, batch, step)
-        metrics |= {f"loss/{name}": x for name, x in terms.items()}
-        return sum(terms.values(), injected), metrics
+        values, metrics, injected = self._terms(params, batch, step)
+        count = batch["valid"].astype(jnp.float32).sum()
+        terms = {name: losses.weighted(x, count) for name, x in values.items()}
+        if self.gan_weight:  # no value of its own, only a gradient
+            terms["gan"] = losses.weighted(values["gan"] + injected, count)
+        means = {name for name in metrics if name in ("l1", "l2", "lpips") or "disc/" in name}
+        return terms, {
+            name: losses.weighted(x, count) if name in means else x for name, x in metrics.items()
+        }
 
     def _terms(self, params, batch, step):
         """Weighted terms of the loss by name, plain metrics, and gradients already taken (0)."""
