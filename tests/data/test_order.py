@@ -78,3 +78,29 @@ def test_mixture_meets_its_weights_and_skips_nothing():
         assert abs(len(ranks) / 5000 - weight) < 1e-3
     reordered = order.Mixture(dict(reversed(weights.items())))
     assert [reordered.locate(p) for p in range(50)] == dealt[:50]
+
+
+def test_small_shares_are_met():
+    weights = {"most": 1.0, "rare": 1.5e-6, "some": 2.5e-4, "third": 1 / 3}
+    mixture = order.Mixture(weights)
+    total, horizon = sum(weights.values()), 40_000_000
+    # The ranks of the last positions say how many of each came before.
+    owner, rank = mixture.deal(np.arange(horizon - 3_000_000, horizon))
+    for place, name in enumerate(mixture.names):
+        share = weights[name] / total
+        assert rank[owner == place].max() + 1 == pytest.approx(share * horizon, rel=0.05)
+        ranks = rank[owner == place]
+        assert (np.diff(ranks) == 1).all()  # none is skipped or dealt twice
+    exact = order.Mixture({"a": 999_999, "b": 1})
+    assert (exact.deal(np.arange(7 * 10**6))[0] == 1).sum() == 7
+
+
+def test_patterns_that_a_thousand_places_hold_stay():
+    """So that runs of older versions go on in their order."""
+    mixture = order.Mixture({"x": 0.615, "y": 0.3, "z": 0.085})
+    assert len(mixture._owner) == 200
+
+
+def test_shares_that_are_too_small():
+    with pytest.raises(ValueError, match="'b' has a share of 5e-07"):
+        order.Mixture({"a": 1.0, "b": 5e-7})

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-# Positions after which the pattern of a mixture repeats: weights are met to 1/1000 of the whole.
-_PATTERN = 1000
+# Positions after which the pattern of a mixture repeats; the first that meets all shares is taken.
+_PATTERNS = (1000, 10_000, 100_000, 1_000_000, 10_000_000)
+_SMALLEST_SHARE = 1e-6
+_TOLERANCE = 0.01  # of a share, where no pattern meets it exactly
 # Places of a shuffle that are found at once.
 _BLOCK = 4096
 
@@ -100,24 +102,41 @@ class Shuffle:
         return zlib.crc32(f"{self.seed}/{self.name}/{epoch}".encode())
 
 
+def _counts(shares: np.ndarray) -> np.ndarray:
+    """Places of every source in the shortest pattern that meets the shares."""
+    if len(shares) == 1:
+        return np.array([1])
+    for length in _PATTERNS:
+        counts = np.maximum(1, np.rint(length * shares)).astype(np.int64)
+        if np.all(np.abs(counts - length * shares) <= _TOLERANCE * length * shares):
+            return counts
+    return counts  # a share near a millionth, met within a twentieth
+
+
 class Mixture:
     """Deals endless positions to sources in fixed proportions, evenly spread.
 
-    With weights {a: 3, b: 1} the pattern is a a b a, a a b a, ...
+    With weights {a: 3, b: 1} the pattern is a a b a, a a b a, ... Shares are met within a hundredth
+    of themselves, down to a millionth of the whole.
 
     Args:
       weights: name -> positive weight; the order of the names does not matter.
+
+    Raises:
+      ValueError: a share below a millionth.
     """
 
     def __init__(self, weights: Mapping[str, float]):
         self.names = sorted(weights)
         total = sum(weights.values())
-        if len(self.names) == 1:
-            counts = [1]
-        else:
-            counts = [max(1, round(_PATTERN * weights[name] / total)) for name in self.names]
-        divisor = int(np.gcd.reduce(counts))
-        self._counts = np.array(counts) // divisor
+        shares = np.array([weights[name] / total for name in self.names])
+        if shares.min() < _SMALLEST_SHARE * (1 - 1e-9):
+            raise ValueError(
+                f"{self.names[int(shares.argmin())]!r} has a share of {shares.min():.2g} of the "
+                f"mixture, below {_SMALLEST_SHARE}: raise its weight or leave it out"
+            )
+        counts = _counts(shares)
+        self._counts = counts // np.gcd.reduce(counts)
         # The j-th of n takes the place (j + 1/2) / n of the pattern.
         places = np.concatenate([(np.arange(n) + 0.5) / n for n in self._counts])
         owner = np.repeat(np.arange(len(self._counts)), self._counts)

@@ -38,7 +38,10 @@ class DataConfig:
     """What is read, in which proportions, and how hard the host works.
 
     Attributes:
-      mixture: name -> dict(type=..., weight=1.0, and the fields of the source); see sources.py.
+      mixture: name -> dict(type=..., weight=1.0, form=..., and the fields of the source); see
+        sources.py. weight="records", for all entries or for none, is in proportion to their sizes.
+        form: what is to be made of a record, where a corpus can be told in several ways; it
+        reaches the formatter as record["form"].
       packing: "none", one record per row; "stream" or "documents", see packing.py.
       shuffle: a fresh permutation per epoch; False keeps file order.
       num_threads: threads that read and format pictures; 0 is none beside the caller's. Rows of
@@ -68,15 +71,33 @@ class DataConfig:
                 raise ValueError(f"mixture.{name}={entry!r:.60} is not a dict with a 'type'")
             if "type" not in entry:
                 raise ValueError(f"mixture.{name} has no 'type'; known: {', '.join(sources.TYPES)}")
-            weight = entry.get("weight", 1.0)
-            if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-                raise ValueError(f"mixture.{name}.weight={weight!r} must be a positive number")
+            _check_weight(name, entry.get("weight", 1.0))
+            form = entry.get("form")
+            if form is not None and (not isinstance(form, str) or not form):
+                raise ValueError(f"mixture.{name}.form={form!r} is not a name")
+        by_size = {name: x.get("weight") == "records" for name, x in self.mixture.items()}
+        if any(by_size.values()) and not all(by_size.values()):
+            other = next(name for name, is_size in by_size.items() if not is_size)
+            raise ValueError(
+                f'mixture.{other} has a weight in numbers beside others with weight="records"; '
+                "numbers of records and weights cannot be compared: give all the one or the other"
+            )
         config_lib.check_ranges(
             self,
             num_threads=(0, 1024),
             num_workers=(0, 1024),
             prefetch_batches=(0, math.inf),
             max_bad_fraction=(0, 1),
+        )
+
+
+def _check_weight(name: str, weight: Any) -> None:
+    if weight == "records":
+        return
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not number or not 0 < weight < float("inf"):
+        raise ValueError(
+            f'mixture.{name}.weight={weight!r} must be a positive number, or "records"'
         )
 
 

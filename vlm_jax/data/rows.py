@@ -9,7 +9,7 @@ import functools
 import sys
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,9 +71,6 @@ class Rows:
     def __init__(self, config: Any, formatter: Any, seed: int, keep_hosts: bool = False):
         self._formatter, self._seed, self._packing = formatter, seed, config.packing
         self.keeps_hosts = keep_hosts
-        self.mixture = order.Mixture(
-            {name: entry.get("weight", 1.0) for name, entry in config.mixture.items()}
-        )
         self._entries: dict[str, _Entry] = {}
         self.skipped: list[tuple[str, str]] = []
         self.records_of: dict[str, int] = {}
@@ -82,7 +79,7 @@ class Rows:
                 f"data.packing={config.packing!r} needs a formatter with `encode` and "
                 f"`max_tokens`; {type(formatter).__name__} has none, set data.packing='none'"
             )
-        for name in self.mixture.names:
+        for name in sorted(config.mixture):
             fields = {key: x for key, x in config.mixture[name].items() if key != "weight"}
             source = sources.make_source(**fields)
             self.skipped += getattr(source, "skipped", ())
@@ -104,7 +101,17 @@ class Rows:
                 )
                 plan = packing.PLANS[config.packing](lengths, shuffle, formatter.max_tokens)
             self._entries[name] = _Entry(source, shuffle, plan)
+        self.mixture = self._mixture(config.mixture)
         self._documents = _DocumentCache(self)
+
+    def _mixture(self, entries: Mapping[str, Mapping[str, Any]]) -> order.Mixture:
+        weights = {name: entry.get("weight", 1.0) for name, entry in entries.items()}
+        if "records" in weights.values():
+            weights = dict(self.records_of)
+        try:
+            return order.Mixture(weights)
+        except ValueError as error:
+            raise records.DataError(f"data.mixture: {error}") from error
 
     def chunk(self, owners: np.ndarray, numbers: np.ndarray, *, one_pass: bool = False) -> Chunk:
         """Some rows.

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import io
 import os
 import pathlib
@@ -57,12 +58,24 @@ class Source(Protocol):
         """Identifies the content for caches of derived values."""
 
 
-def make_source(type: str, **fields: Any) -> Source:
+def make_source(type: str, form: str | None = None, **fields: Any) -> Source:
     """The source of one entry of a mixture.
+
+    Args:
+      type: see `TYPES`; else a module of `vlm_jax.datasets`, or a dotted name.
+      form: what is to be made of its records: their field "form". A corpus whose `make_source`
+        takes `form` hears of it too, and may give other records.
+      **fields: of the source.
 
     Raises:
       DataError: unknown type or field, or no such file.
     """
+    if form is None:
+        return _make(type, fields)
+    return _Formed(_make(type, fields, form), form)
+
+
+def _make(type: str, fields: dict[str, Any], form: str | None = None) -> Source:
     try:
         if type in TYPES:
             return TYPES[type](**fields)
@@ -76,9 +89,41 @@ def make_source(type: str, **fields: Any) -> Source:
                 f"no data source type {type!r}; known: {', '.join(TYPES)}, a module of "
                 f"vlm_jax.datasets, or a dotted name"
             ) from None
+        if form is not None and "form" in inspect.signature(module.make_source).parameters:
+            fields = {**fields, "form": form}
         return module.make_source(**fields)
     except TypeError as error:
         raise records.DataError(f"data source of type {type!r}: {error}") from error
+
+
+class _Formed:
+    """Records of another source, told in one form."""
+
+    def __init__(self, source: Source, form: str):
+        self._source, self._form = source, form
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> records.Record:
+        return {**self._source[index], "form": self._form}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # pickle asks before there is a source
+            raise AttributeError(name)
+        found = getattr(self._source, name)
+        return self._formed if name == "read_many" else found
+
+    def _formed(self, indices: Any) -> list[Any]:
+        found = self._source.read_many(indices)  # type: ignore[attr-defined]
+        return [
+            x if isinstance(x, records.BadRecordError) else {**x, "form": self._form} for x in found
+        ]
+
+    def fingerprint(self) -> Any:
+        """Of the records as they are told: lengths may depend on it. None where unknown."""
+        inner = getattr(self._source, "fingerprint", lambda: None)()
+        return None if inner is None else [inner, self._form]
 
 
 class Memory:
