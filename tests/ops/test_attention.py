@@ -55,7 +55,7 @@ def test_grouped_heads(kv_heads):
 
 
 def test_causal_in_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "_BLOCK", 4)
+    monkeypatch.setattr(attention.blocks, "_BLOCK", 4)
     q, k, v = make(t=11, k=2)
     segments = jnp.array([[1] * 5 + [2] * 6, [1] * 9 + [0] * 2])
     mask = masks.causal(11)[None] & masks.segments(segments, segments)
@@ -67,7 +67,7 @@ def test_causal_in_blocks(monkeypatch):
     # Gradients do not depend on the blocks.
     loss = lambda q, k, v: (attend(q, k, v, causal=True) ** 2).sum()  # noqa: E731
     blocked = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
-    monkeypatch.setattr(attention, "_BLOCK", 64)
+    monkeypatch.setattr(attention.blocks, "_BLOCK", 64)
     for a, b in zip(blocked, jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)):
         close(a, b, 1e-5)
 
@@ -105,7 +105,7 @@ def test_low_precision_has_float32_softmax():
 
 
 def test_prefix_and_dense_mask(monkeypatch):
-    monkeypatch.setattr(attention, "_BLOCK", 4)
+    monkeypatch.setattr(attention.blocks, "_BLOCK", 4)
     q, k, v = make(t=11, k=2)
     image = masks.prefix(11, 6)  # ends inside a block
     assert image[0, 5] and not image[0, 6]
@@ -286,7 +286,7 @@ def test_cudnn_gets_padded_heads_no_causal_mask_and_the_true_scale(monkeypatch):
 
     genuine = jax.nn.dot_product_attention
     monkeypatch.setattr(
-        attention.jax.nn,
+        attention.cudnn.jax.nn,
         "dot_product_attention",
         lambda *args, **kw: (
             genuine(*args, **kw) if "implementation" not in kw else stand_in(*args, **kw)

@@ -139,7 +139,8 @@ class Cache:
 
     Attributes:
       layers: {"k", "v"}: [L, B*K, S, H] for scanned layers, else one such dict per layer with
-        [B*K, S, H]: the layout in which one query reads it in place (attention's `_one_query`).
+        [B*K, S, H]: the layout in which one query reads it in place
+        (`ops/attention/one_query.py`).
       valid_bs: bool, slots that hold a real token.
       index: int32, the next free slot, the same for all rows (shorter prompts are left-padded).
       fresh: nothing is in it (static). Attention then reads the new tokens only, without a mask
