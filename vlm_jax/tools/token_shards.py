@@ -29,7 +29,7 @@ import numpy as np
 from vlm_jax.data import pictures, records
 from vlm_jax.datasets import visual_sentences
 from vlm_jax.encoders import image_tokenizer
-from vlm_jax.systems.lvm import plans, token_files
+from vlm_jax.systems.lvm import sentences, token_files
 
 SUFFIXES = {"array_record": ".array_record", "jsonl": ".jsonl"}
 IMAGES_PER_SHARD = 16_384  # where --shards does not say: a few seconds to minutes of one device
@@ -50,7 +50,7 @@ class Job:
       max_bad_fraction: of the files; above it the run stops.
     """
 
-    plan: plans.Plan
+    plan: sentences.Sentences
     reader: pictures.Reader
     tokenizer: image_tokenizer.ImageTokenizer
     folder: pathlib.Path

@@ -105,7 +105,7 @@ def _list_of(kind):
 def _tokenize(args: argparse.Namespace) -> list[str]:
     """Writes this process's shards; returns their paths."""
     from vlm_jax.data import records
-    from vlm_jax.systems.lvm import plans
+    from vlm_jax.systems.lvm import sentences
 
     for name in ("input", "out"):
         if not getattr(args, name):
@@ -116,8 +116,10 @@ def _tokenize(args: argparse.Namespace) -> list[str]:
     if name != os.path.basename(name) or name.startswith("."):
         raise ValueError(f"--name={name} is not the name of files in --out")
     count, rank = inputs.processes(args.num_processes, args.process_id)
-    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(plans.Options)}
-    plan = plans.make(plans.Options(**fields))
+    fields = {
+        field.name: getattr(args, field.name) for field in dataclasses.fields(sentences.Options)
+    }
+    plan = sentences.make(sentences.Options(**fields))
     for note in plan.notes:
         print(f"[tokenize] {note}", file=sys.stderr)
     folder = pathlib.Path(args.out).expanduser()

@@ -8,7 +8,7 @@ import unicodedata
 import pytest
 
 from vlm_jax.data import records
-from vlm_jax.systems.lvm import plans
+from vlm_jax.systems.lvm import sentences
 
 
 def fill(root, *names):
@@ -20,7 +20,7 @@ def fill(root, *names):
 
 
 def make(layout, root, **fields):
-    return plans.make(plans.Options(layout, str(root), **fields))
+    return sentences.make(sentences.Options(layout, str(root), **fields))
 
 
 def names(plan, number, root):
@@ -215,5 +215,5 @@ def test_another_file_is_another_digest(tmp_path):
 
 
 def test_the_readme_names_every_layout():
-    text = (pathlib.Path(plans.__file__).parent / "README.md").read_text()
-    assert all(f"| `{name}` |" in text for name in plans.LAYOUTS)
+    text = (pathlib.Path(sentences.__file__).parent / "README.md").read_text()
+    assert all(f"| `{name}` |" in text for name in sentences.LAYOUTS)
