@@ -1,0 +1,226 @@
+"""NExT-Chat's released layout, there and back; what a file may lack; where training starts."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests.systems import nextchat_golden as golden
+from vlm_jax.models import clip as clip_model
+from vlm_jax.models import llama as llama_model
+from vlm_jax.nn import functional
+from vlm_jax.systems.nextchat import network, weights
+from vlm_jax.weights import clip, convert, errors, export, lazy, llama, readers
+
+CFG = golden.CFG
+OF_MASKS = ("sam.", "seg_prompt_mlp.")
+
+
+def in_memory(tensors, source="a file"):
+    return lazy.Tensors({name: (lambda x=x: x) for name, x in tensors.items()}, source)
+
+
+def without(*beginnings):
+    return in_memory(
+        {name: x for name, x in golden.tensors().items() if not name.startswith(beginnings)}
+    )
+
+
+def abstract(cfg=CFG):
+    return network.make(cfg).abstract()
+
+
+def test_every_tensor_of_the_released_layout_is_accounted_for():
+    theirs = golden.tensors()
+    assert len(theirs) == 282
+    made = weights.to_upstream(golden.params())
+    left = set(theirs) - set(made)
+    assert {name for name in left if not name.startswith(OF_MASKS)} == {
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(2)
+    }
+    for name, load in made.items():
+        np.testing.assert_array_equal(load(), theirs[name])
+
+
+def test_names_and_shapes_of_the_released_model():
+    """Without SAM."""
+    shapes = convert.reverted_shapes(abstract(network.PRESETS["7b_336"]), weights.rules())
+    assert len(shapes) == 3 + 32 * 9 + (5 + 2 + 24 * 16) + 4 + 4 + 4
+    for name, shape in {
+        "model.embed_tokens.weight": (32005, 4096),
+        "lm_head.weight": (32005, 4096),
+        "model.layers.31.mlp.down_proj.weight": (4096, 11008),
+        "model.mm_projector.0.weight": (4096, 1024),
+        "model.mm_projector.2.bias": (4096,),
+        "model.vision_tower.vision_model.embeddings.class_embedding": (1024,),
+        "model.vision_tower.vision_model.embeddings.patch_embedding.weight": (1024, 3, 14, 14),
+        "model.vision_tower.vision_model.embeddings.position_embedding.weight": (577, 1024),
+        "model.vision_tower.vision_model.pre_layrnorm.weight": (1024,),
+        "model.vision_tower.vision_model.post_layernorm.bias": (1024,),
+        "model.vision_tower.vision_model.encoder.layers.23.self_attn.out_proj.weight": (1024, 1024),
+        "model.vision_tower.vision_model.encoder.layers.23.mlp.fc1.weight": (4096, 1024),
+        "loc_encoder.0.weight": (2048, 4),
+        "loc_encoder.2.weight": (4096, 2048),
+        "loc_decoder.0.weight": (2048, 4096),
+        "loc_decoder.2.bias": (4,),
+    }.items():
+        assert shapes[name] == shape, name
+
+
+def test_a_projector_of_one_matrix_has_no_number():
+    cfg = dataclasses.replace(CFG, projector_depth=1)
+    names = convert.reverted_shapes(abstract(cfg), weights.rules(1))
+    assert {name for name in names if "mm_projector" in name} == {
+        "model.mm_projector.weight", "model.mm_projector.bias",
+    }  # fmt: skip
+    params = network.make(cfg).init(jax.random.key(0))
+    tensors = {name: load() for name, load in weights.to_upstream(params).items()}
+    back = weights.from_tensors(in_memory(tensors), abstract(cfg))
+    np.testing.assert_array_equal(
+        back["projector"]["layers"]["0"]["kernel"], params["projector"]["layers"]["0"]["kernel"]
+    )
+
+
+@pytest.mark.parametrize("missing", ["model.mm_projector.2.bias", "loc_decoder.0.weight"])
+def test_missing_tensors_are_named(missing):
+    tensors = without(missing)
+    with pytest.raises(convert.ConversionError, match=re.escape(missing)):
+        weights.from_tensors(tensors, abstract())
+
+
+def test_unknown_tensors_are_named():
+    tensors = in_memory({**golden.tensors(), "model.extra.weight": np.zeros(3, np.float32)})
+    with pytest.raises(convert.ConversionError, match="model.extra.weight"):
+        weights.from_tensors(tensors, abstract())
+
+
+def test_stages_1_and_2_have_neither_tower_nor_sam():
+    found = weights.from_tensors(without("model.vision_tower.", *OF_MASKS), abstract())
+    assert sorted(found) == ["box_decoder", "box_encoder", "decoder", "projector"]
+    np.testing.assert_array_equal(
+        found["decoder"]["embed"]["table"], golden.params()["decoder"]["embed"]["table"]
+    )
+
+
+def clip_file(tmp_path, layout):
+    """The golden's tower with other values, as a CLIP file."""
+    cfg = clip_model.VisionConfig(64, 3, 14, 56, projection=8)
+    text = clip_model.TextConfig(32, 1, 8, vocab_size=20, max_tokens=8, num_heads=2)
+    params = clip_model.make(clip_model.ClipConfig(cfg, text)).init(jax.random.key(3))
+    params = jax.tree.map(np.asarray, params)
+    if layout == "openai":
+        written = clip.openai_checkpoint(params, "float32")
+        export.write_file(tmp_path / "clip.safetensors", written)
+        return tmp_path / "clip.safetensors", params["vision"]
+    export.write(tmp_path / "clip", export.hf(clip, params, clip_model.ClipConfig(cfg, text)))
+    return tmp_path / "clip", params["vision"]
+
+
+@pytest.mark.parametrize("layout", ["openai", "hf"])
+def test_the_tower_comes_from_a_clip_file(tmp_path, layout):
+    path, tower = clip_file(tmp_path, layout)
+    wide = dataclasses.replace(CFG, vision=clip_model.VisionConfig(64, 3, 14, 56))
+    theirs = {name: x for name, x in golden.tensors().items()
+              if not name.startswith((*OF_MASKS, "model.mm_projector.0"))}  # fmt: skip
+    theirs["model.mm_projector.0.weight"] = np.zeros((64, 64), np.float32)
+    theirs["model.mm_projector.0.bias"] = np.zeros(64, np.float32)
+    tensors = weights.over_clip(in_memory(theirs), clip.read(path))
+    found = functional.flatten(weights.from_tensors(tensors, abstract(wide))["vision"])
+    expected = functional.flatten(tower)
+    del expected["projection/kernel"]
+    assert set(found) == set(expected)
+    for name, x in expected.items():
+        np.testing.assert_array_equal(found[name], x.astype(np.float16).astype(np.float32))
+    alone = weights.vision_from_clip(clip.read(path), wide.vision)
+    jax.tree.map(np.testing.assert_array_equal, functional.flatten(alone), found)
+
+
+def test_the_tower_has_the_rounding_of_float16():
+    name = "model.vision_tower.vision_model.pre_layrnorm.weight"
+    value = np.full(32, 1 / 3, np.float32)
+    found = weights.from_tensors(in_memory({**golden.tensors(), name: value}), abstract())
+    np.testing.assert_array_equal(
+        found["vision"]["pre_norm"]["scale"], np.full(32, np.float16(1 / 3), np.float32)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_export_and_import(tmp_path, dtype):
+    checkpoint = weights.checkpoint(golden.params(), CFG, dtype)
+    export.write(tmp_path / "out", checkpoint)
+    tensors = weights.read(tmp_path / "out")
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    theirs = json.loads((golden.FOLDER / "config.json").read_text())
+    assert {key: fields[key] for key in fields if key in theirs} == {
+        key: theirs[key] for key in fields if key in theirs
+    }
+    assert fields["mm_vision_tower"] == "openai/clip-vit-large-patch14-336"
+    assert weights.config_of(tensors, tmp_path / "out", CFG.vision) == dataclasses.replace(
+        CFG, decoder=dataclasses.replace(CFG.decoder, max_tokens=1024)
+    )
+    found = weights.from_tensors(tensors, abstract())
+    for path, x in functional.flatten(golden.params()).items():
+        rounded = np.asarray(jax.numpy.asarray(x).astype(dtype).astype(np.float32))
+        np.testing.assert_array_equal(functional.flatten(found)[path], rounded)
+
+
+def test_sizes_come_from_the_files(tmp_path):
+    tensors = readers.read(golden.FOLDER / "checkpoint.safetensors")
+    assert weights.config_of(tensors, golden.FOLDER) == CFG
+    with pytest.raises(errors.WeightsError, match="no image tower"):
+        weights.config_of(without("model.vision_tower."), golden.FOLDER)
+    shutil.copy(golden.FOLDER / "config.json", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    with pytest.raises(errors.WeightsError, match="model_type is 'llava'"):
+        weights.config_of(tensors, tmp_path)
+
+
+def test_a_tied_head_is_written_out_and_recognised():
+    decoder = dataclasses.replace(CFG.decoder, tie_embeddings=True)
+    cfg = dataclasses.replace(CFG, decoder=decoder)
+    params = jax.tree.map(np.asarray, network.make(cfg).init(jax.random.key(0)))
+    written = weights.checkpoint(params, cfg)
+    assert written.shapes["lm_head.weight"] == (405, 64)
+    tensors = {name: load() for name, load in written.tensors.items()}
+    back = weights.from_tensors(in_memory(tensors), abstract(cfg))
+    np.testing.assert_array_equal(
+        back["decoder"]["embed"]["table"], params["decoder"]["embed"]["table"]
+    )
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+    with pytest.raises(errors.WeightsError, match="tie_embeddings=False"):
+        weights.from_tensors(in_memory(tensors), abstract(cfg))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vicuna_grows_by_five_rows(tied):
+    base = llama_model.LlamaConfig(40, 8, 2, 16, 2, tie_embeddings=tied)
+    params = jax.tree.map(np.asarray, llama_model.make(base).init(jax.random.key(1)))
+    tensors = in_memory({name: load() for name, load in llama.to_hf(params, base).items()})
+    cfg = dataclasses.replace(base, vocab_size=45)
+    found = weights.decoder_from_llama(tensors, cfg)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        functional.flatten(found["layers"]), functional.flatten(params["layers"]),
+    )  # fmt: skip
+    tables = {"embed": found["embed"]["table"]}
+    starts = {"embed": params["embed"]["table"]}
+    if not tied:
+        tables["head"], starts["head"] = found["lm_head"]["kernel"].T, params["lm_head"]["kernel"].T
+    for name, table in tables.items():
+        assert table.shape == (45, 8)
+        np.testing.assert_array_equal(table[:40], starts[name])
+        assert 0 < np.abs(table[40]).max() < 0.1  # <im_patch>, random
+        mean = table[:41].mean(axis=0)
+        np.testing.assert_allclose(table[41:], np.tile(mean, (4, 1)), rtol=1e-5, atol=1e-7)
+
+
+def test_rows_behind_the_vocabulary_are_left_out():
+    base = llama_model.LlamaConfig(48, 8, 1, 16, 2)
+    params = jax.tree.map(np.asarray, llama_model.make(base).init(jax.random.key(1)))
+    tensors = in_memory({name: load() for name, load in llama.to_hf(params, base).items()})
+    found = weights.decoder_from_llama(tensors, dataclasses.replace(base, vocab_size=45))
+    np.testing.assert_array_equal(found["embed"]["table"][:40], params["embed"]["table"][:40])

@@ -1,0 +1,6 @@
+"""NExT-Chat: chat, boxes and masks in one conversation (arXiv 2311.04498). See README.md here.
+
+image ── CLIP ── projector ──┐                            ┌── text
+question, boxes in it ───────┴── language model ── <at> ──┼── box
+                                                          └── mask, by SAM
+"""
