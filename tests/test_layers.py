@@ -124,3 +124,35 @@ def test_networks_import_jax_flax_numpy_only():
                     names = [alias.name for alias in node.names]
                 for name in names:
                     assert name.split(".")[0] in allowed | standard, f"{path}: {name}"
+
+
+# Doors and tools that are of one system by their purpose; see docs/architecture.md.
+OF_ONE_SYSTEM = {
+    "encoders/image_tokenizer.py",  # what `load("vqgan")` gives, and several systems use
+    "loading.py",  # types of what `load` gives, for editors
+    "tools/extract_labels.py",
+    "tools/token_preview.py",
+    "tools/token_shards.py",
+    "tools/tokenize_images.py",
+}
+
+
+def test_nobody_outside_imports_or_compares_a_system():
+    """A system takes part by being a folder: converters, releases, evaluators, examples."""
+    systems = {path.name for path in (ROOT / "systems").iterdir() if (path / "task.py").exists()}
+    assert {"lvm", "nxtp", "vqgan"} <= systems
+    for path in sorted(ROOT.rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if name.startswith("systems/") or name in OF_ONE_SYSTEM:
+            continue
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                package = (node.module or "").split(".")
+                assert package[:2] != ["vlm_jax", "systems"], f"{name} imports {node.module}"
+            if isinstance(node, ast.Compare):
+                words = {x.value for x in ast.walk(node) if isinstance(x, ast.Constant)}
+                assert not words & systems, f"{name}:{node.lineno} asks for a system by name"
+            if isinstance(node, ast.Dict):
+                words = {x.value for x in node.keys if isinstance(x, ast.Constant)}
+                assert not words & systems, f"{name}:{node.lineno} lists systems"

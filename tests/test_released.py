@@ -6,6 +6,8 @@ import pytest
 
 from vlm_jax.data import wheels
 from vlm_jax.saving import released
+from vlm_jax.systems.lvm import releases as lvm
+from vlm_jax.systems.nxtp import releases as nxtp
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -16,8 +18,8 @@ def test_the_page_is_current():
 
 
 @pytest.mark.parametrize("release, count", [
-    (released.LVM, 6_544_199_680), (released.LVM_VQGAN, 146_244_675),
-    (released.LLAMA, 6_738_415_616), (released.SMOLLM2, 134_515_008),
+    (lvm.LVM, 6_544_199_680), (lvm.LVM_VQGAN, 146_244_675),
+    (nxtp.LLAMA, 6_738_415_616), (nxtp.SMOLLM2, 134_515_008),
 ], ids=lambda x: getattr(x, "name", ""))  # fmt: skip
 def test_parameters_as_published(release, count):
     assert released.num_params(release) == count
@@ -25,8 +27,8 @@ def test_parameters_as_published(release, count):
 
 def test_readme_says_the_same():
     text = (ROOT / "README.md").read_text()
-    for release, figures in ((released.LVM, "12.2, 24.4"), (released.LVM_VQGAN, "0.3, 0.5"),
-                             (released.NXTP_G3M, "3.3, 6.6")):  # fmt: skip
+    for release, figures in ((lvm.LVM, "12.2, 24.4"), (lvm.LVM_VQGAN, "0.3, 0.5"),
+                             (nxtp.NXTP_G3M, "3.3, 6.6")):  # fmt: skip
         gib = [released.num_params(release) * size / 2**30 for size in (2, 4)]
         assert f"{gib[0]:.1f}, {gib[1]:.1f}" == figures and f"{figures} GiB" in text
         assert release.hub in text
@@ -34,7 +36,7 @@ def test_readme_says_the_same():
 
 def test_every_name_on_a_hub_is_in_the_notice():
     notice = (ROOT / "third_party" / "NOTICE.md").read_text()
-    for release in (released.LVM, released.LVM_VQGAN, released.NXTP_G3M):
+    for release in (lvm.LVM, lvm.LVM_VQGAN, nxtp.NXTP_G3M):
         assert release.hub in notice
     for name in set(wheels.PACKAGES) - {"imgviz"}:  # of which nothing is read
         assert f"| {name} " in notice, name
@@ -42,8 +44,8 @@ def test_every_name_on_a_hub_is_in_the_notice():
 
 
 @pytest.mark.parametrize("text, found", [
-    ("Emma02/LVM_ckpts", [released.LVM]), ("clip=ViT-L-14.pt", [released.CLIP]),
-    ("runs/mine", []), ("llama=smollm2", [released.SMOLLM2]),
+    ("Emma02/LVM_ckpts", [lvm.LVM]), ("clip=ViT-L-14.pt", [nxtp.CLIP]),
+    ("runs/mine", []), ("llama=smollm2", [nxtp.SMOLLM2]),
 ])  # fmt: skip
 def test_names_of_files_say_which_release(text, found):
     assert released.named_in(text) == found

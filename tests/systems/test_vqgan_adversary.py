@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.models import patch_discriminator
+from vlm_jax.models import vqgan as vqgan_model
 from vlm_jax.nn import conv, functional
 from vlm_jax.ops import losses
 from vlm_jax.program import config as config_lib
@@ -301,7 +302,8 @@ def test_decoder_training_leaves_every_id(tmp_path):
     # What is exported is the tokenizer, without the discriminator.
     from vlm_jax.weights import export
 
-    export.write(tmp_path, export.native("vqgan", state["params"], task.cfg))
+    tokenizer = vqgan_model.tokenizer_part(state["params"])
+    export.write(tmp_path, export.native("vqgan", tokenizer, task.cfg))
     loaded = vqgan.load_upstream(str(tmp_path), task)
     np.testing.assert_array_equal(loaded["decoder"]["conv_out"]["kernel"], kernel)
     assert "discriminator" not in loaded

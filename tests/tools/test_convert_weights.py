@@ -16,7 +16,7 @@ from vlm_jax.systems import nxtp as nxtp_system
 from vlm_jax.systems.nxtp import vocabulary
 from vlm_jax.systems.nxtp import weights as nxtp
 from vlm_jax.tools import convert_weights
-from vlm_jax.weights import clip, errors, export, llama, readers, vqgan
+from vlm_jax.weights import clip, conversion, errors, export, llama, readers, vqgan
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_bad_config_is_named(tmp_path, source, capsys, config, message):
     (["float64", "bfloat16"], "float32"),
 ])  # fmt: skip
 def test_the_dtype_that_holds_a_mixture(names, expected):
-    assert convert_weights.common_dtype(names) == expected
+    assert conversion.common_dtype(names) == expected
 
 
 # ---- runs and other networks -------------------------------------------------------------------

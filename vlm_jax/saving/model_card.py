@@ -6,13 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax import saving
+from vlm_jax import task as task_lib
 from vlm_jax.saving import released
-
-_USES = {
-    "lvm": "model.continue_([frame1, frame2, frame3], n=1)",
-    "nxtp": 'model.label("photo.jpg")',
-    "vqgan": "ids = model.encode(picture); model.decode_u8(ids[None])",
-}
 
 
 def text(parts: saving.Parts, config: Mapping[str, Any], dtype: str) -> str:
@@ -28,7 +23,7 @@ def text(parts: saving.Parts, config: Mapping[str, Any], dtype: str) -> str:
         f"---\nlibrary_name: vlm_jax\ntags: [vlm_jax, {system}]\n---\n",
         f"# {parts.title or system}\n",
         "```python\nimport vlm_jax\n\n"
-        f'model = vlm_jax.load("{system}", "PATH OF THIS FOLDER")\n{_USES.get(system, "model")}\n'
+        f'model = vlm_jax.load("{system}", "PATH OF THIS FOLDER")\n{_use(system)}\n'
         "```\n",
         "## Where it came from\n",
         *_origin(parts.source),
@@ -44,6 +39,11 @@ def text(parts: saving.Parts, config: Mapping[str, Any], dtype: str) -> str:
     return "\n".join(blocks) + "\n"
 
 
+def _use(system: str) -> str:
+    """The system's own example of what its models do."""
+    return getattr(task_lib.resolve(system, "systems"), "EXAMPLE", "model")
+
+
 def _origin(source: saving.Source) -> list[str]:
     """What is known of the training, a list item each."""
     lines = [f"- Made from: {source}." if source.name else "- Not known: it was made in a program."]
@@ -56,9 +56,8 @@ def _origin(source: saving.Source) -> list[str]:
 def _licences(parts: saving.Parts) -> list[str]:
     """What the weights that it was made from ask for, as far as they are known here."""
     source = parts.source
-    known = released.named_in(" ".join((source.name, *source.started_from)))
-    if "vgg" in str(parts.sections.get("model", {}).get("vision", {}).get("preset", "")):
-        known.append(released.VGG16)
+    preset = str(parts.sections.get("model", {}).get("vision", {}).get("preset", ""))
+    known = released.named_in(" ".join((source.name, *source.started_from, preset)))
     lines = [f"- {item.name}: {item.licence}." for item in dict.fromkeys(known)]
     lines += [f"- The model in `{name}/` has a card of its own." for name in parts.inner]
     lines.append(

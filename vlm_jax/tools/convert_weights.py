@@ -24,49 +24,32 @@ or --preset. Every tensor must be used or be on the list of ignored ones.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import importlib
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from vlm_jax.machines import console, disk
 
+if TYPE_CHECKING:
+    from vlm_jax.weights.conversion import Weights
+
 _DTYPES = ("float32", "bfloat16", "float16")
-_FORMATS = {
-    "lvm": ("hf", "native"),
-    "vqgan": ("hf", "native"),
-    "clip": ("hf", "upstream"),
-    "nxtp": ("upstream",),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """What was read: parameters with their config, and the words of the report.
-
-    Attributes:
-      read: what was found, one line.
-      ignored: names of tensors that are not used.
-      source: the file, or "" where the flag says it.
-    """
-
-    cfg: Any
-    params: Mapping[str, Any]
-    dtype: str
-    read: str
-    ignored: Sequence[str] = ()
-    source: str = ""
+_NETWORKS = {"clip": "vlm_jax.weights.clip_conversion"}  # networks that are no systems
+_ROOT = pathlib.Path(__file__).parents[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     console.tolerate_any_text()
-    args = _parser().parse_args(argv)
+    args = _parser(argv).parse_args(argv)
     try:
-        if args.format not in _FORMATS[args.system]:
-            known = " or ".join(_FORMATS[args.system])
+        formats = _conversion(args.system).FORMATS
+        if args.format not in formats:
+            known = " or ".join(formats)
             raise ValueError(
                 f"--system={args.system} has no --format={args.format}; it has {known}"
             )
@@ -77,47 +60,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _names() -> dict[str, str]:
+    """System or network -> the module with its conversions; nothing is imported."""
+    found = sorted(_ROOT.glob("systems/*/conversion.py"))
+    systems = {path.parent.name: f"vlm_jax.systems.{path.parent.name}.conversion" for path in found}
+    return systems | _NETWORKS
+
+
+def _conversion(system: str) -> ModuleType:
+    # Host work only.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    return importlib.import_module(_names()[system])
+
+
+def _parser(argv: Sequence[str] | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="convert_weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--from", dest="source", required=True, help="run or checkpoint to read")
     parser.add_argument("--to", dest="target", required=True, help="folder or file to write")
-    parser.add_argument("--system", required=True, choices=sorted(_FORMATS))
+    parser.add_argument("--system", required=True, choices=sorted(_names()))
     parser.add_argument("--format", required=True, choices=("hf", "native", "upstream"))
     parser.add_argument("--dtype", choices=_DTYPES, help="default: that of the source")
     parser.add_argument("--preset", default="", help="sizes, when nothing else tells them")
     for name in ("bos", "eos"):
         parser.add_argument(f"--{name}", type=int, help=f"{name}_token_id of a text model (hf)")
-    parser.add_argument("--clip", default="", help="nxtp: the CLIP file of a released checkpoint")
-    parser.add_argument("--llama", default="", help="nxtp: folder with LLaMA's params.json")
-    parser.add_argument("--released", action="store_true", help="nxtp: the trained tensors alone")
     text = "the moving average where a run kept one; --no-averaged takes the raw parameters"
     parser.add_argument(
         "--averaged", action=argparse.BooleanOptionalAction, default=True, help=text
     )
+    # A system's own flags come from it; without one, help and mistyped flags answer at once.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--system")
+    system = first.parse_known_args(argv)[0].system
+    if system in _names() and hasattr(conversion := _conversion(system), "add_flags"):
+        conversion.add_flags(parser.add_argument_group(f"--system={system}"))
     return parser
 
 
-def common_dtype(names: Sequence[str]) -> str:
-    """The smallest dtype of `_DTYPES` that holds every value of the named ones.
-
-    fp8 fits into bfloat16 and into float16; float64 is rounded.
-    """
-    wide = {name for name in names if not name.startswith("float8")}
-    if wide <= {"bfloat16"}:
-        return "bfloat16"
-    return "float16" if wide == {"float16"} else "float32"
-
-
 def _run(args: argparse.Namespace) -> None:
-    # After the flags, so that --help and a mistyped flag answer at once. Host work only.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import numpy as np
 
     from vlm_jax import loading, saving
     from vlm_jax.nn import functional
 
+    conversion = _conversion(args.system)
     path = pathlib.Path(args.source).expanduser()
     if loading.is_of_a_run(path):
         weights = _of_run(args, path)
@@ -125,11 +112,9 @@ def _run(args: argparse.Namespace) -> None:
         config = saving.read_config(path)
         read = f"a saved model, from {saving.source_of(config)}"
         weights = _of_ours(args, config, lambda: saving.read_params(path), read)
-    elif args.system == "nxtp":
-        weights = _of_nxtp(args)
     else:
-        weights = _of_upstream(args)
-    num_tensors, digests = _write(args, weights)
+        weights = conversion.read(args)
+    num_tensors, digests = conversion.write(args, weights)
 
     sizes = (np.prod(x.shape, dtype=np.int64) for x in functional.flatten(weights.params).values())
     print(f"read      {weights.read}: {args.source}")
@@ -142,9 +127,6 @@ def _run(args: argparse.Namespace) -> None:
         print(f"source    {weights.source}")
 
 
-# ---- reading ---------------------------------------------------------------------------------
-
-
 def _of_run(args: argparse.Namespace, path: pathlib.Path) -> Weights:
     """The parameters of a run, or of one of its steps, as it was trained."""
     from vlm_jax import checkpoints
@@ -155,15 +137,18 @@ def _of_run(args: argparse.Namespace, path: pathlib.Path) -> Weights:
     except checkpoints.CheckpointError as error:
         raise ValueError(str(error)) from error
     config = config_lib.place(step.config, str(step.folder.parent.parent))
-    load = lambda: checkpoints.load_params(step, averaged=args.averaged)  # noqa: E731
+
+    def load():
+        return checkpoints.load_params(step, averaged=args.averaged)
+
     return _of_ours(args, config, load, f"step {step.folder.name}", str(step.folder))
 
 
 def _of_ours(args: argparse.Namespace, config, load, read: str, source: str = "") -> Weights:
     """The parameters that `load` gives, of a model that we configured."""
     from vlm_jax import task as task_lib
-    from vlm_jax.models import vqgan
     from vlm_jax.nn import functional
+    from vlm_jax.weights import conversion as conversion_lib
 
     if config["system"] != args.system:
         raise ValueError(
@@ -171,92 +156,12 @@ def _of_ours(args: argparse.Namespace, config, load, read: str, source: str = ""
         )
     module = task_lib.resolve(args.system, "systems")
     task = module.make_task(config["model"], **config.get("task", {}))
-    params = load()
-    if args.system == "vqgan":  # a run may hold a discriminator and more besides
-        params = vqgan.tokenizer_part(params)
+    params = getattr(_conversion(args.system), "own_part", lambda params: params)(load())
     flat = functional.flatten(params)
     dtypes = sorted({x.dtype.name for x in flat.values()})
     read = f"{len(flat)} parameters, {read}, {', '.join(dtypes)}"
-    return Weights(task.cfg, params, args.dtype or common_dtype(dtypes), read, source=source)
-
-
-def _of_upstream(args: argparse.Namespace) -> Weights:
-    from vlm_jax.weights import clip, convert, llama, readers, vqgan
-
-    network = {"lvm": llama, "vqgan": vqgan, "clip": clip}[args.system]
-    tensors = clip.read(args.source) if network is clip else readers.read(args.source)
-    layout = network.layout_of(tensors)
-    if args.preset and args.preset not in network.PRESETS:
-        raise ValueError(f"no preset {args.preset!r}; there are {', '.join(network.PRESETS)}")
-    cfg = network.PRESETS[args.preset] if args.preset else network.config_of(tensors, args.source)
-    skipped = convert.ignored(tensors, network.ignorable(cfg))
-    dtypes = _dtypes(tensors, skipped)
-    dtype = args.dtype or common_dtype(dtypes)
-    cfg = _stored_in(cfg, dtype)
-    read = f"{len(tensors)} tensors, {layout} layout, {', '.join(dtypes)}"
-    params = network.from_tensors(tensors, cfg)
-    return Weights(cfg, params, dtype, read, skipped, tensors.source)
-
-
-def _of_nxtp(args: argparse.Namespace) -> Weights:
-    from vlm_jax.systems.nxtp import network
-    from vlm_jax.systems.nxtp import weights as nxtp
-    from vlm_jax.weights import convert
-
-    tensors = nxtp.read(args.source, args.clip)
-    sizes = pathlib.Path(args.llama).expanduser() / "params.json" if args.llama else ""
-    decoder = nxtp.decoder_config_of(tensors, sizes)
-    cfg = network.NxtpConfig(nxtp.vision_config_of(tensors), decoder)
-    skipped = convert.ignored(tensors, nxtp.IGNORED)
-    dtypes = _dtypes(tensors, skipped)
-    dtype = args.dtype or common_dtype(dtypes)
-    cfg = _stored_in(cfg, dtype)
-    params = nxtp.from_tensors(tensors, network.make(cfg).abstract())
-    read = f"{len(tensors)} tensors, upstream layout, {', '.join(dtypes)}"
-    return Weights(cfg, params, dtype, read, skipped, tensors.source)
-
-
-def _dtypes(tensors: Mapping[str, Any], skipped: Sequence[str]) -> list[str]:
-    return sorted({tensors[name].dtype.name for name in tensors if name not in skipped})
-
-
-def _stored_in(cfg: Any, dtype: str) -> Any:
-    """The config, or its halves, with that param_dtype."""
-    halves = {
-        field.name: _stored_in(value, dtype)
-        for field in dataclasses.fields(cfg)
-        if dataclasses.is_dataclass(value := getattr(cfg, field.name))
-    }
-    return dataclasses.replace(cfg, **(halves or {"param_dtype": dtype}))
-
-
-# ---- writing ---------------------------------------------------------------------------------
-
-
-def _write(args: argparse.Namespace, weights: Weights) -> tuple[int, dict[str, str]]:
-    """Writes it; (number of tensors, file name -> sha256)."""
-    from vlm_jax.systems.nxtp import weights as nxtp
-    from vlm_jax.weights import clip, export, llama, vqgan
-
-    network = {"lvm": llama, "vqgan": vqgan, "clip": clip, "nxtp": nxtp}[args.system]
-    cfg, params, dtype = weights.cfg, weights.params, weights.dtype
-    if args.format == "native":
-        checkpoint = export.native(args.system, params, cfg, dtype)
-    elif args.format == "hf":
-        ids = {f"{key}_token_id": getattr(args, key) for key in ("bos", "eos")}
-        ids = {key: value for key, value in ids.items() if value is not None}
-        checkpoint = export.hf(network, params, cfg, dtype, **ids)
-    elif args.system == "clip":
-        checkpoint = clip.openai_checkpoint(params, dtype)
-        return len(checkpoint.shapes), export.write_file(args.target, checkpoint)
-    else:
-        if "blocks" not in params["vision"]:
-            raise ValueError(
-                "the reference has CLIP's tower; a run with another has no such layout"
-            )
-        digests = nxtp.save(args.target, params, released=args.released, dtype=dtype)
-        return len(nxtp.to_upstream(params, released=args.released)), digests
-    return len(checkpoint.shapes), export.write(args.target, checkpoint)
+    dtype = args.dtype or conversion_lib.common_dtype(dtypes)
+    return conversion_lib.Weights(task.cfg, params, dtype, read, source=source)
 
 
 if __name__ == "__main__":

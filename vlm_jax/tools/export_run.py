@@ -13,6 +13,7 @@ with the exported weights then, never with the run and its export side by side.
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence
 
@@ -71,11 +72,13 @@ def export(
       FileExistsError: the folder holds other things.
     """
     from vlm_jax import checkpoints, loading
+    from vlm_jax import task as task_lib
 
     try:
         system = checkpoints.find(workdir).config["system"]
         fields = {"tokenizer": tokenizer} if tokenizer else {}
-        if system != "vqgan":
+        from_run = task_lib.resolve(system, "systems", ["from_run"]).from_run
+        if "dtype" in inspect.signature(from_run).parameters:
             fields["dtype"] = "float32"  # parameters are rounded once, in the file
         model = loading.load(system, workdir, averaged=averaged, **fields)
     except checkpoints.CheckpointError as error:

@@ -1,7 +1,7 @@
 """Writes checkpoints: safetensors shards, their index, config.json.
 
     export.write(folder, export.hf(llama, params, cfg))        what transformers reads
-    export.write(folder, export.native("lvm", params, cfg))  our own paths, '/'-joined
+    export.write(folder, export.native("name", params, cfg))   our own paths, '/'-joined
 
 One tensor is in memory at a time beside the parameters. Files are written under a temporary name
 and renamed, so a cut-off export is never mistaken for a checkpoint.
@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.models import vqgan
 from vlm_jax.weights import convert, errors, safetensors_file, torch_file
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -52,7 +51,7 @@ def hf(network, params: Mapping[str, Any], cfg, dtype="float32", **ids: int) -> 
     """In the names and layout of the network's public releases.
 
     Args:
-      network: `weights.llama` or `weights.vqgan`.
+      network: a module of `weights` with a public layout, `weights.llama` for example.
       params: our parameters, training layout.
       cfg: the network's config.
       dtype: of the file.
@@ -75,8 +74,6 @@ def hf(network, params: Mapping[str, Any], cfg, dtype="float32", **ids: int) -> 
 
 def native(system: str, params: Mapping[str, Any], cfg, dtype="float32") -> Checkpoint:
     """Our own tree: safetensors with '/'-joined paths, config.json {"system", "model"}."""
-    if system == "vqgan":  # a run may hold a discriminator and more besides
-        params = vqgan.tokenizer_part(params)
     config = {"system": system, "model": dataclasses.asdict(cfg)}
     tensors = convert.revert(params, convert.NATIVE_RULES)
     shapes = convert.reverted_shapes(params, convert.NATIVE_RULES)

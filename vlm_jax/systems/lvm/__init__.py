@@ -10,7 +10,10 @@ from vlm_jax.systems.lvm.model import Lvm
 from vlm_jax.systems.lvm.task import LvmTask
 from vlm_jax.systems.lvm.upstream import load_upstream, make_task
 
+EXAMPLE = "model.continue_([frame1, frame2, frame3], n=1)"  # of the cards of saved models
+
 __all__ = [
+    "EXAMPLE",
     "Lvm",
     "LvmTask",
     "copy_dtype",

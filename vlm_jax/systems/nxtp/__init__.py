@@ -9,7 +9,10 @@ from vlm_jax.systems.nxtp.model import Nxtp, copy_dtype, from_run, from_upstream
 from vlm_jax.systems.nxtp.task import NxtpTask, make_task
 from vlm_jax.systems.nxtp.upstream import load_upstream
 
+EXAMPLE = 'model.label("photo.jpg")'  # of the cards of saved models
+
 __all__ = [
+    "EXAMPLE",
     "Nxtp",
     "NxtpTask",
     "copy_dtype",

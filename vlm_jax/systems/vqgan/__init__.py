@@ -8,7 +8,10 @@ from vlm_jax.systems.vqgan.format import make_formatter
 from vlm_jax.systems.vqgan.task import VqganTask, make_task
 from vlm_jax.systems.vqgan.tokenizer import from_run, from_upstream, load_upstream
 
+EXAMPLE = "ids = model.encode(picture); model.decode_u8(ids[None])"  # of the cards of saved models
+
 __all__ = [
+    "EXAMPLE",
     "VqganTask",
     "from_run",
     "from_upstream",
