@@ -69,6 +69,7 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
         "pillow>=10.1",
+        "pycocotools>=2.0.8",
         "safetensors>=0.5",
     ],
     extras_require=EXTRAS,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests import fuzz
-from vlm_jax.data import drawing, records
+from vlm_jax.data import annotations, drawing, records
 
 BLACK = np.zeros((6, 8, 3), np.uint8)
 
@@ -30,7 +30,7 @@ def test_hues_of_openpose():
 
 
 def test_boxes():
-    drawn = drawing.boxes(BLACK, [drawing.Thing(label=1, box=(1, 1, 5, 4))])
+    drawn = drawing.boxes(BLACK, [annotations.Thing(label=1, box=(1, 1, 5, 4))])
     assert (drawn[..., 0] // 128).tolist() == [
         [0, 0, 0, 0, 0, 0, 0, 0],
         [0, 1, 1, 1, 1, 1, 0, 0],
@@ -41,7 +41,10 @@ def test_boxes():
     ]
     assert not drawn[..., 1:].any()
     # The small one stays visible whatever the order.
-    things = [drawing.Thing(label=2, box=(1, 1, 2, 2)), drawing.Thing(label=1, box=(1, 1, 5, 4))]
+    things = [
+        annotations.Thing(label=2, box=(1, 1, 2, 2)),
+        annotations.Thing(label=1, box=(1, 1, 5, 4)),
+    ]
     assert drawing.boxes(BLACK, things)[1, 1].tolist() == [0, 128, 0]
     # Lines of a photograph are as wide as a hundredth of its short side.
     wide = drawing.boxes(np.zeros((300, 400, 3), np.uint8), things[1:])
@@ -49,7 +52,7 @@ def test_boxes():
 
 
 def test_masks_of_polygons_and_run_lengths():
-    square = drawing.Thing(label=1, polygons=((1, 1, 4, 1, 4, 3, 1, 3),))
+    square = annotations.Thing(label=1, polygons=((1, 1, 4, 1, 4, 3, 1, 3),))
     assert drawing.mask(square, 6, 8).astype(int).tolist() == [
         [0, 0, 0, 0, 0, 0, 0, 0],
         [0, 1, 1, 1, 1, 0, 0, 0],
@@ -58,7 +61,9 @@ def test_masks_of_polygons_and_run_lengths():
         [0, 0, 0, 0, 0, 0, 0, 0],
         [0, 0, 0, 0, 0, 0, 0, 0],
     ]
-    point = drawing.Thing(label=2, rle={"size": [6, 8], "counts": [8, 1, 39]})  # column 1, row 2
+    point = annotations.Thing(
+        label=2, rle={"size": [6, 8], "counts": [8, 1, 39]}
+    )  # column 1, row 2
     drawn = drawing.masks(BLACK, [point, square])
     assert drawn[2, 1].tolist() == [0, 128, 0] and drawn[1, 1].tolist() == [128, 0, 0]
 
@@ -66,14 +71,17 @@ def test_masks_of_polygons_and_run_lengths():
 def test_run_lengths_go_down_the_columns():
     # 1 zero, 2 ones, 3 zeros in columns of two.
     expected = [[0, 1, 0], [1, 0, 0]]
-    assert drawing.decode_rle([1, 2, 3], 2, 3).astype(int).tolist() == expected
+    assert annotations.decode_rle([1, 2, 3], 2, 3).astype(int).tolist() == expected
     # The same as text: each count is one character, "0" plus the number.
-    assert drawing.decode_rle("123", 2, 3).astype(int).tolist() == expected
+    assert annotations.decode_rle("123", 2, 3).astype(int).tolist() == expected
     # 40 = 8 + 32 * 1: "0" + 8 + 32 = "X", then "1". The fourth count is 5 - 3 = 2 more than the
     # second; a fifth of 52, 2 less than the third: -2 is 30 in five bits: "0" + 30 = "N".
-    assert drawing._uncompress("X13f12N") == [40, 3, 54, 5, 52]
+    runs = [40, 3, 54, 5, 52]
+    np.testing.assert_array_equal(
+        annotations.decode_rle("X13f12N", 11, 14), annotations.decode_rle(runs, 11, 14)
+    )
     with pytest.raises(ValueError, match="RLE of 6 pixels, image of 8"):
-        drawing.decode_rle([1, 2, 3], 2, 4)
+        annotations.decode_rle([1, 2, 3], 2, 4)
 
 
 def test_skeleton_on_literal_pixels():
@@ -112,7 +120,7 @@ def test_coco_file(tmp_path):
         "annotations": entries,
     }
     path.write_text(json.dumps(content))
-    cup, car = drawing.load_things(str(path))["a.jpg"]
+    cup, car = annotations.load(str(path))["a.jpg"]
     assert (cup.label, cup.box, car.label) == (2, (1, 1, 5, 4), 1)  # ranks of the ids
     assert car.keypoints == ((1, 2, 2),) * 17 and cup.keypoints == ()
     filled = drawing.load(f"{path}:masks")
@@ -130,8 +138,8 @@ def test_own_form(tmp_path):
     path = tmp_path / "mine.json"
     objects = [{"label": 2, "box": [1, 1, 5, 4], "polygons": [[1, 1, 4, 1, 4, 3, 1, 3]]}]
     path.write_text(json.dumps([{"image": "sub/a.jpg", "objects": objects}]))
-    (thing,) = drawing.load_things(str(path))["sub/a.jpg"]
-    assert thing == drawing.Thing(2, (1, 1, 5, 4), (), ((1, 1, 4, 1, 4, 3, 1, 3),), {})
+    (thing,) = annotations.load(str(path))["sub/a.jpg"]
+    assert thing == annotations.Thing(2, (1, 1, 5, 4), (), ((1, 1, 4, 1, 4, 3, 1, 3),), {})
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", '[{"image": "a"}]', "no json", '{"images": 3}'])
@@ -241,7 +249,7 @@ def test_coco_ids_that_come_twice(tmp_path, kind):
     content[kind].append(content[kind][0])
     (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(records.DataError, match=f"the id 1 comes twice among {kind}"):
-        drawing.load_things(str(tmp_path / "a.json"))
+        annotations.load(str(tmp_path / "a.json"))
 
 
 def test_coco_objects_that_cannot_be_are_bad_records(tmp_path):
@@ -255,7 +263,7 @@ def test_coco_objects_that_cannot_be_are_bad_records(tmp_path):
         ],
     }
     (tmp_path / "a.json").write_text(json.dumps(content))
-    good, backwards, unknown = drawing.load_things(str(tmp_path / "a.json"))["a.jpg"]
+    good, backwards, unknown = annotations.load(str(tmp_path / "a.json"))["a.jpg"]
     assert good.label == 1 and not good.problem
     assert "ends before it begins" in backwards.problem
     assert "category 8 is not among" in unknown.problem

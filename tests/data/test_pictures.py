@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vlm_jax.data import drawing, images, pictures
+from vlm_jax.data import annotations, drawing, images, pictures
 
 
 def save(path, image_u8):
@@ -14,7 +14,9 @@ def test_pictures_are_read_resized_and_altered(tmp_path):
     red[..., 0] = 200
     path = save(tmp_path / "red.png", red)
     photo = pictures.Picture(path)
-    marks = {"marks": drawing.Drawing("boxes", "black", {"r": [drawing.Thing(1, (0, 0, 11, 7))]})}
+    marks = {
+        "marks": drawing.Drawing("boxes", "black", {"r": [annotations.Thing(1, (0, 0, 11, 7))]})
+    }
     reader = pictures.Reader(4, marks)
     plain, grey, drawn = reader.read(
         [photo, pictures.edited(photo, "grey"), pictures.Picture(path, drawn=("marks", "r"))]

@@ -10,32 +10,22 @@ A drawing is called FILE:KIND[:BACKGROUND].
     keypoints   skeletons; limbs of 17 (COCO) or 18 (OpenPose) points     black
     openpose    the same, 17 points made 18 by a neck between the shoulders
 
-The file is COCO's (images, annotations, categories), or a list of our own form:
-
-    [{"image": "a/1.jpg", "objects": [{"label": 3, "box": [x0, y0, x1, y1], "polygons": [[x, y,
-      x, y, ...]], "keypoints": [[x, y, visible], ...], "rle": {"size": [h, w], "counts": ...}}]}]
-
-Labels count from 1; the classes of a COCO file are numbered by rank of their id. Colours are
-`PALETTE[label % 256]`, with label 256 starting again at 1: 0 is the background.
+Files: `data/annotations.py`. Colours are `PALETTE[label % 256]`, with label 256 starting again at
+1: 0 is the background.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlm_jax.data import records, shard_files
+from vlm_jax.data import annotations as annotations_lib
+from vlm_jax.data import records
 
-MAX_COORDINATE = 1e5  # pixels; Pillow follows a line through all of its points, seen or not
-_MAX_BYTES = 2**31  # of a file of annotations; all of COCO's are 0.5e9
-_RUN_LETTERS = 7  # of a number in compressed RLE: 35 bits
 KINDS = {"boxes": "image", "masks": "black", "keypoints": "black", "openpose": "black"}
 
 
@@ -70,37 +60,6 @@ _OPENPOSE = (0, -1, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
 
 
 @dataclasses.dataclass(frozen=True)
-class Thing:
-    """One annotated object; what is not known is empty.
-
-    Attributes:
-      label: class, from 1.
-      box: x0, y0, x1, y1 in pixels.
-      keypoints: (x, y, visible) of each point; drawn when visible > 0.
-      polygons: x, y, x, y, ... of each.
-      rle: COCO's {"size": [h, w], "counts": numbers or text}.
-      problem: why it cannot be drawn; "" when nothing is known against it.
-    """
-
-    label: int = 1
-    box: tuple[float, ...] = ()
-    keypoints: tuple[tuple[float, ...], ...] = ()
-    polygons: tuple[tuple[float, ...], ...] = ()
-    rle: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    problem: str = ""
-
-    def has(self, kind: str) -> bool:
-        """Whether there is something to draw of this kind."""
-        if self.problem:
-            return True
-        if kind == "boxes":
-            return bool(self.box)
-        if kind == "masks":
-            return bool(self.polygons or self.rle)
-        return any(visible > 0 for _, _, visible in self.keypoints)
-
-
-@dataclasses.dataclass(frozen=True)
 class Drawing:
     """Annotations of many images with the way to draw them.
 
@@ -111,7 +70,7 @@ class Drawing:
 
     kind: str
     background: str
-    things: Mapping[str, Sequence[Thing]]
+    things: Mapping[str, Sequence[annotations_lib.Thing]]
 
     def has(self, name: str) -> bool:
         """Whether this image has something to draw."""
@@ -146,7 +105,7 @@ def load(call: str) -> Drawing:
       DataError: no such kind, or a file that is not of a form in the module's docstring.
     """
     path, kind, background = split(call)
-    return Drawing(kind, background, load_things(path))
+    return Drawing(kind, background, annotations_lib.load(path))
 
 
 def split(call: str) -> tuple[str, str, str]:
@@ -162,127 +121,6 @@ def split(call: str) -> tuple[str, str, str]:
     return ":".join(parts), kind, background or KINDS[kind]
 
 
-@functools.cache
-def load_things(path: str) -> dict[str, tuple[Thing, ...]]:
-    """Image name -> objects of a JSON file.
-
-    Raises:
-      DataError: see `load`.
-    """
-    try:
-        text = shard_files.read_bytes(os.path.expanduser(path), _MAX_BYTES)
-    except records.BadRecordError as error:
-        raise records.DataError(str(error)) from error
-    try:
-        content = records.parse_json(text)
-        made = _from_coco(content) if isinstance(content, dict) else _from_list(content)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise records.DataError(
-            f"{path}: neither COCO annotations nor a list of images with objects: "
-            f"{type(error).__name__}: {error!s:.200}"
-        ) from error
-    return {name: tuple(things) for name, things in made.items()}
-
-
-def _from_coco(content: Mapping[str, Any]) -> dict[str, list[Thing]]:
-    for kind in ("categories", "images"):
-        counts = collections.Counter(entry["id"] for entry in content.get(kind, ()))
-        if twice := [number for number, count in counts.items() if count > 1]:
-            raise ValueError(f"the id {twice[0]!r:.40} comes twice among {kind}")
-    ranks = sorted(category["id"] for category in content.get("categories", ()))
-    label = {number: rank for rank, number in enumerate(ranks, 1)}
-    names = {image["id"]: _name(image["file_name"]) for image in content["images"]}
-    made: dict[str, list[Thing]] = {name: [] for name in names.values()}
-    for entry in content["annotations"]:
-        made[names[entry["image_id"]]].append(_checked(_coco_thing, entry, label))
-    return made
-
-
-def _coco_thing(entry: Mapping[str, Any], label: Mapping[Any, int]) -> Thing:
-    shape = entry.get("segmentation") or ()
-    box = _numbers(entry.get("bbox") or (), "bbox")
-    if box:
-        x, y, width, height = box
-        box = (x, y, x + width, y + height)
-    flat = _numbers(entry.get("keypoints") or (), "keypoints")
-    category = entry.get("category_id")
-    if label and category is not None and category not in label:
-        raise ValueError(f"category {category!r:.40} is not among the categories")
-    return Thing(
-        label=label.get(category, 1),
-        box=box,
-        keypoints=tuple(flat[i : i + 3] for i in range(0, len(flat), 3)),
-        polygons=() if isinstance(shape, Mapping) else tuple(map(tuple, shape)),
-        rle=shape if isinstance(shape, Mapping) else {},
-    )
-
-
-def _from_list(content: Sequence[Mapping[str, Any]]) -> dict[str, list[Thing]]:
-    made: dict[str, list[Thing]] = {}
-    for image in content:
-        things = made.setdefault(_name(image["image"]), [])
-        for entry in image["objects"]:
-            if unknown := sorted(set(entry) - _KEYS):
-                raise KeyError(f"object with {unknown[0]!r:.40}; known: {', '.join(sorted(_KEYS))}")
-            things.append(_checked(_own_thing, entry))
-    return made
-
-
-_KEYS = {"label", "box", "keypoints", "polygons", "rle"}
-
-
-def _own_thing(entry: Mapping[str, Any]) -> Thing:
-    return Thing(
-        label=entry.get("label", 1),
-        box=tuple(entry.get("box", ())),
-        keypoints=tuple(map(tuple, entry.get("keypoints", ()))),
-        polygons=tuple(map(tuple, entry.get("polygons", ()))),
-        rle=entry.get("rle", {}),
-    )
-
-
-def _checked(make, *arguments: Any) -> Thing:
-    """The object, or one that says why it cannot be drawn: one odd annotation is one bad record."""
-    try:
-        thing = make(*arguments)
-        _check(thing)
-        return thing
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        return Thing(problem=f"{type(error).__name__}: {error!s:.200}")
-
-
-def _check(thing: Thing) -> None:
-    """Raises ValueError for shapes and numbers that cannot be drawn."""
-    if type(thing.label) is not int:
-        raise ValueError(f"label {thing.label!r:.40} is no integer")
-    if len(_numbers(thing.box, "box")) not in (0, 4):
-        raise ValueError(f"a box of {len(thing.box)} numbers")
-    if thing.box and (thing.box[2] < thing.box[0] or thing.box[3] < thing.box[1]):
-        raise ValueError(f"the box {thing.box} ends before it begins")
-    for point in thing.keypoints:
-        if len(_numbers(point, "keypoints")) != 3:
-            raise ValueError("keypoints are not x, y, visible each")
-    for polygon in thing.polygons:
-        if len(_numbers(polygon, "polygon")) % 2 or len(polygon) < 4:
-            raise ValueError(f"a polygon of {len(polygon)} numbers")
-    if not isinstance(thing.rle, Mapping):
-        raise ValueError(f"rle {thing.rle!r:.40} is no {{size, counts}}")
-
-
-def _numbers(values: Any, name: str) -> tuple[float, ...]:
-    values = tuple(values)
-    for value in values:
-        if type(value) not in (int, float) or not -MAX_COORDINATE <= value <= MAX_COORDINATE:
-            raise ValueError(f"{name} {value!r:.40} is no number within {MAX_COORDINATE:,.0f}")
-    return values
-
-
-def _name(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"image {value!r:.40} is not called by text")
-    return value
-
-
 def colour(label: int) -> tuple[int, int, int]:
     """Of a class; never black."""
     red, green, blue = PALETTE[(label - 1) % 255 + 1].tolist()
@@ -294,7 +132,7 @@ def _line(image_u8: np.ndarray) -> int:
     return max(1, round(min(image_u8.shape[:2]) / 100))
 
 
-def boxes(canvas_u8: np.ndarray, things: Sequence[Thing]) -> np.ndarray:
+def boxes(canvas_u8: np.ndarray, things: Sequence[annotations_lib.Thing]) -> np.ndarray:
     """Outlines, the largest first, so that none is hidden."""
     image = Image.fromarray(canvas_u8)
     pen = ImageDraw.Draw(image)
@@ -309,7 +147,7 @@ def _box_area(box: Sequence[float]) -> float:
     return abs((box[2] - box[0]) * (box[3] - box[1]))
 
 
-def masks(canvas_u8: np.ndarray, things: Sequence[Thing]) -> np.ndarray:
+def masks(canvas_u8: np.ndarray, things: Sequence[annotations_lib.Thing]) -> np.ndarray:
     """Filled masks, the largest first."""
     height, width = canvas_u8.shape[:2]
     drawn = [(mask(thing, height, width), thing.label) for thing in things]
@@ -319,8 +157,8 @@ def masks(canvas_u8: np.ndarray, things: Sequence[Thing]) -> np.ndarray:
     return result
 
 
-def mask(thing: Thing, height: int, width: int) -> np.ndarray:
-    """bool[height, width] of its polygons and its RLE.
+def mask(thing: annotations_lib.Thing, height: int, width: int) -> np.ndarray:
+    """bool[height, width] of its polygons, outlines included, and its RLE.
 
     Raises:
       ValueError: the RLE is of another size.
@@ -333,44 +171,8 @@ def mask(thing: Thing, height: int, width: int) -> np.ndarray:
     if thing.rle:
         if tuple(thing.rle["size"]) != (height, width):
             raise ValueError(f"RLE of size {thing.rle['size']}, image of {height}x{width}")
-        where |= decode_rle(thing.rle["counts"], height, width)
+        where |= annotations_lib.decode_rle(thing.rle["counts"], height, width)
     return where
-
-
-def decode_rle(counts: Sequence[int] | str, height: int, width: int) -> np.ndarray:
-    """COCO's run lengths, column by column, zeros first; as numbers or as compressed text.
-
-    Raises:
-      ValueError: the runs are not height * width pixels.
-    """
-    if len(counts) > _RUN_LETTERS * (height * width + 2):
-        raise ValueError(f"RLE of {len(counts)} counts, image of {height * width} pixels")
-    runs = _uncompress(counts) if isinstance(counts, str) else list(counts)
-    if not set(map(type, runs)) <= {int}:
-        raise ValueError("RLE counts are not integers")
-    if sum(runs) != height * width or min(runs, default=0) < 0:
-        raise ValueError(f"RLE of {sum(runs)} pixels, image of {height * width}")
-    values = np.arange(len(runs)) % 2 == 1
-    return np.repeat(values, runs).reshape(width, height).T
-
-
-def _uncompress(text: str) -> list[int]:
-    # Six bits a character from "0": five of the number, low ones first, then "more follows". From
-    # the fourth number on it is the difference to the one before the last.
-    runs: list[int] = []
-    value = shift = 0
-    for character in text:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64 or shift >= 5 * _RUN_LETTERS:
-            raise ValueError(f"RLE text with {character!r}, or a number without an end")
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:
-                value -= 1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs
 
 
 def skeletons(canvas_u8: np.ndarray, people: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.data import annotations as annotations_lib
 from vlm_jax.data import drawing, images, records, wheels
 
 
@@ -42,7 +43,9 @@ def mask(photo: Mapping[str, Any], thing: Mapping[str, Any]) -> np.ndarray:
     Raises:
       KeyError: the object has no mask.
     """
-    return drawing.mask(drawing.Thing(polygons=thing["polygons_px"]), *photo["image_u8"].shape[:2])
+    return drawing.mask(
+        annotations_lib.Thing(polygons=thing["polygons_px"]), *photo["image_u8"].shape[:2]
+    )
 
 
 @functools.cache
