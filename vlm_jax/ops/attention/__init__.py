@@ -10,6 +10,9 @@ Callers give the *structure* of the mask; the implementation decides whether it 
              would become an additive bias, so only segments and padding pay for one.
     splash   TPU, sequences and head widths padded to 128; causal and segment masks are built in.
 
+A query that may read no key (padding, as a rule) gets the mean of v over all keys, masked ones
+included, as in T5, whatever the implementation; no gradient reaches q and k through it.
+
 Head widths that a kernel does not take (100 of LVM-3B) are padded with zeros, which is exact: zero
 features add nothing to a score and give zero output features. The scale stays that of the true
 width.
@@ -21,9 +24,10 @@ import jax.numpy as jnp
 
 from vlm_jax.ops import partition
 from vlm_jax.ops.attention import blocks, cudnn, splash, xla
+from vlm_jax.ops.attention.bias import BucketBias, DenseBias, GridBias, t5_buckets
 from vlm_jax.ops.attention.branches import attend_branches
 
-__all__ = ["attend", "attend_branches", "choose"]
+__all__ = ["BucketBias", "GridBias", "attend", "attend_branches", "choose", "t5_buckets"]
 
 
 def attend(
@@ -39,6 +43,7 @@ def attend(
     prefix: int = 0,
     mask_bts=None,
     bias_bnts=None,
+    bias: GridBias | BucketBias | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ):
@@ -51,11 +56,13 @@ def attend(
       causal: query i reads keys up to its own slot.
       q_offset: slot of query 0 among the keys, for a cache; int or int32 scalar. None is 0.
       q_segments_bt, kv_segments_bs: int32 document numbers; only equal ones see each other.
-      kv_valid_bs: bool, keys that are real. A row without any gets a mean, never NaN.
+      kv_valid_bs: bool, keys that are real. A row without any gets the mean of all values.
       prefix: the first so many keys are read by every query although `causal`: an image in front
         of text (`masks.prefix`).
       mask_bts: bool, any further restriction; dense for every implementation. b may be 1.
       bias_bnts: added to the scores; axes of size 1 broadcast.
+      bias: the same with a structure: `GridBias` (SAM) or `BucketBias` (T5), never made as a whole
+        where the implementation can do without. Not scaled.
       scale: factor on the scores; None is 1/sqrt(h). T5 passes 1.
       implementation: 'xla', 'blocks', 'cudnn', 'splash', or None for the best that takes this
         call.
@@ -65,7 +72,7 @@ def attend(
 
     Raises:
       ValueError: heads that do not group, one of the two segment arrays missing, unknown name, a
-        prefix together with a cache's offset.
+        prefix together with a cache's offset, both kinds of bias, a bias of other sizes.
     """
     n, h, k = q_btnh.shape[2], q_btnh.shape[3], k_bskh.shape[2]
     if n % k:
@@ -74,6 +81,10 @@ def attend(
         raise ValueError("give both q_segments_bt and kv_segments_bs, or neither")
     if prefix and q_offset is not None:
         raise ValueError("prefix is for queries that start at slot 0; q_offset was given as well")
+    if bias is not None:
+        if bias_bnts is not None:
+            raise ValueError("give bias or bias_bnts, not both")
+        bias.check(q_btnh.shape[0], n, q_btnh.shape[1], k_bskh.shape[1])
     scale = h**-0.5 if scale is None else scale
     where = dict(
         causal=causal,
@@ -84,35 +95,39 @@ def attend(
         prefix=prefix if causal else 0,
         mask_bts=mask_bts,
     )
-    implementation = implementation or choose(q_btnh, k_bskh, bias_bnts=bias_bnts, **where)
+    given = dict(bias_bnts=bias_bnts, bias=bias)
+    implementation = implementation or choose(q_btnh, k_bskh, **given, **where)
+    bias = bias if bias_bnts is None else DenseBias(bias_bnts)
     match implementation:
         case "xla":
-            return xla.attend(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where)
+            return xla.attend(q_btnh, k_bskh, v_bskh, bias, scale, **where)
         case "blocks":
-            return blocks.attend(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where)
+            return blocks.attend(q_btnh, k_bskh, v_bskh, bias, scale, **where)
         case "cudnn":
-            return cudnn.attend(q_btnh, k_bskh, v_bskh, bias_bnts, scale, **where)
+            return cudnn.attend(q_btnh, k_bskh, v_bskh, bias, scale, **where)
         case "splash":
-            return splash.attend(q_btnh, k_bskh, v_bskh, scale, **where)
+            return splash.attend(q_btnh, k_bskh, v_bskh, bias, scale, **where)
     known = "xla, blocks, cudnn, splash"
     raise ValueError(f"unknown attention implementation {implementation!r}; known: {known}")
 
 
-def choose(q_btnh, k_bskh, *, q_offset=None, bias_bnts=None, mask_bts=None, **_) -> str:
+def choose(q_btnh, k_bskh, *, q_offset=None, bias_bnts=None, mask_bts=None, bias=None, **_) -> str:
     """The fastest implementation that takes these arguments on the platform of this trace."""
     (_, t, _, h), s = q_btnh.shape, k_bskh.shape[1]
     low_precision = q_btnh.dtype in (jnp.bfloat16, jnp.float16)
     platform = partition.platform()
+    grid = isinstance(bias, GridBias)
     # A single query is a matrix-vector product: no score matrix to avoid.
     if t == 1 or platform == "cpu":
         return "blocks"
     if q_offset is not None:
         return "xla"
-    fits = h <= cudnn.MAX_WIDTH and t % 2 == s % 2 == 0  # odd lengths have no backward pass
+    width = h + bias.width if grid else h
+    fits = width <= cudnn.MAX_WIDTH and t % 2 == s % 2 == 0  # odd lengths have no backward pass
     same_dtype = bias_bnts is None or bias_bnts.dtype == q_btnh.dtype
     if platform == "gpu" and low_precision and fits and same_dtype:
         return "cudnn"
-    dense = bias_bnts is not None or mask_bts is not None
+    dense = bias_bnts is not None or mask_bts is not None or bias is not None and not grid
     if platform == "tpu" and not dense and t >= splash.LANES and s >= splash.LANES:
         return "splash"
-    return "xla"
+    return "blocks" if grid else "xla"

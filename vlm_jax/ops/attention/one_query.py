@@ -9,7 +9,7 @@ from vlm_jax.ops import matmul
 from vlm_jax.ops.attention import structure
 
 
-def attend(q_b1nh, k_bskh, v_bskh, scale, **where):
+def attend(q_b1nh, k_bskh, v_bskh, bias, scale, **where):
     """The step of a decoding loop. Axis z is batch and key heads in one, as in the cache.
 
     There the reshapes cancel those around the cache, so that XLA's CPU backend multiplies it in
@@ -20,6 +20,9 @@ def attend(q_b1nh, k_bskh, v_bskh, scale, **where):
     k_zsh, v_zsh = (x.swapaxes(1, 2).reshape(b * k, s, h) for x in (k_bskh, v_bskh))
     q_zgh = (q_b1nh * scale).reshape(b * k, n // k, h)
     scores_zgs = matmul.einsum("zsh,zgh->zgs", k_zsh, q_zgh, preferred_element_type=jnp.float32)
+    if bias is not None:
+        bias_bn1s = jnp.broadcast_to(bias.whole(), (b, n, 1, s))
+        scores_zgs += bias_bn1s.reshape(b * k, n // k, s)
     mask_bts = structure.dense_mask(1, s, **where)
     if mask_bts is not None:
         mask_z1s = jnp.repeat(jnp.broadcast_to(mask_bts, (b, 1, s)), k, axis=0)

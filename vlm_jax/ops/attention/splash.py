@@ -11,14 +11,19 @@ from vlm_jax.ops import matmul, partition
 from vlm_jax.ops.attention import structure
 
 LANES = 128
+_NOBODY = -(2**31)  # the document of padding and of keys that are not valid
 
 
-def attend(q_btnh, k_bskh, v_bskh, scale, **where):
+def attend(q_btnh, k_bskh, v_bskh, bias, scale, **where):
     """See the package."""
+    h, true_v_bskh = v_bskh.shape[3], v_bskh
+    if bias is not None:
+        q_btnh, k_bskh, v_bskh = bias.fold(q_btnh, k_bskh, v_bskh, scale)
     kind = _kind(where["causal"], where["prefix"])
     segments = where["q_segments_bt"], where["kv_segments_bs"]
     with matmul.precision_within(q_btnh, k_bskh, v_bskh):
-        return _run(q_btnh, k_bskh, v_bskh, scale, kind, segments, where["kv_valid_bs"])
+        o_btnh = _run(q_btnh, k_bskh, v_bskh, scale, kind, segments, where["kv_valid_bs"])
+    return structure.fill_empty(o_btnh[..., :h], true_v_bskh, **where)
 
 
 def _kind(causal, prefix):
@@ -48,12 +53,11 @@ def _run(q_btnh, k_bskh, v_bskh, scale, kind, segments, kv_valid_bs):
         structure.pad_axis(structure.pad_axis(x, 3, LANES), 1, LANES).swapaxes(1, 2)
         for x in (q_btnh * scale, k_bskh, v_bskh)
     )
-    # Padding rows and keys become a document of their own: number -1.
     q_ids, kv_ids = segments if segments[0] is not None else (jnp.ones((b, t)), jnp.ones((b, s)))
     if kv_valid_bs is not None:
-        kv_ids = jnp.where(kv_valid_bs, kv_ids, -1)
+        kv_ids = jnp.where(kv_valid_bs, kv_ids, _NOBODY)
     q_ids, kv_ids = (
-        structure.pad_axis(x.astype(jnp.int32), 1, LANES, fill=-1) for x in (q_ids, kv_ids)
+        structure.pad_axis(x.astype(jnp.int32), 1, LANES, fill=_NOBODY) for x in (q_ids, kv_ids)
     )
 
     mesh = partition.active_mesh()
