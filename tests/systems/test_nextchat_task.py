@@ -1,0 +1,241 @@
+"""NExT-Chat's task: the reference's loss and gradients, mixed batches, what it refuses."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from tests.systems import nextchat_golden as golden
+from vlm_jax.models import clip
+from vlm_jax.nn import functional
+from vlm_jax.ops import losses
+from vlm_jax.program import config as config_lib
+from vlm_jax.program import optim
+from vlm_jax.systems.nextchat import network, weights
+from vlm_jax.systems.nextchat import task as task_lib
+
+CFG = golden.CFG
+MODEL = dict(vision=dict(preset="tiny"), decoder=dict(preset="tiny"))
+
+
+def as_u8(images):
+    """The photos of normalised images."""
+    pixels = golden.channels_last(images) * np.float32(clip.STD) + np.float32(clip.MEAN)
+    return np.rint(pixels * 255).astype(np.uint8)
+
+
+def training_batch(num_slots=4):
+    """The reference's five real rows: REC, caption with boxes, region, pointing, VQA."""
+    io = golden.io()
+    tokens = io["train_input_ids"][:5].astype(np.int32)
+    labels = np.pad(io["train_labels"][:5, 1:], ((0, 0), (0, 1)), constant_values=-100)
+    counts = (tokens == CFG.boxes_id).sum(axis=1)
+    boxes, valid = golden.boxes_of_rows(io["train_loc_inputs"][: counts.sum()], counts)
+    short = ((0, 0), (0, num_slots - boxes.shape[1]))
+    return {
+        "image_u8": as_u8(io["train_images"][:5]),
+        "tokens": tokens,
+        "targets": np.maximum(labels, 0).astype(np.int32),
+        "weights": (labels != -100).astype(np.float32),
+        "token_valid": io["train_attention_mask"][:5] > 0,
+        "boxes": np.pad(boxes, (*short, (0, 0))),
+        "box_valid": np.pad(valid, short),
+    }
+
+
+def rows(batch, index):
+    return {key: x[index] for key, x in batch.items()}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return training_batch()
+
+
+@pytest.fixture(scope="module")
+def task():
+    return task_lib.make_task(MODEL, giou_mean="ordered")
+
+
+def learned_and_frozen(stage=1):
+    return optim.split(golden.params(), task_lib.TRAINED[stage])
+
+
+def value_and_grad(task, batch, stage=1):
+    """(terms, gradients of their sum by path) over the checkpoint."""
+    learned, frozen = learned_and_frozen(stage)
+
+    @jax.jit
+    def run(learned):
+        def total(learned):
+            terms, metrics = task.loss(optim.merge(learned, frozen), batch, None)
+            return losses.value(terms), (terms, metrics)
+
+        return jax.grad(total, has_aux=True)(learned)
+
+    grads, (terms, metrics) = run(learned)
+    return terms, metrics, grads
+
+
+def in_their_form(grads):
+    """Gradients under the reference's names."""
+    tree = {path: np.zeros_like(x) for path, x in functional.flatten(golden.params()).items()}
+    tree |= {path: np.asarray(x) for path, x in grads.items()}
+    return {name: load() for name, load in weights.to_upstream(functional.unflatten(tree)).items()}
+
+
+@pytest.fixture(scope="module")
+def trained(task, batch):
+    return value_and_grad(task, batch)
+
+
+def test_every_loss_of_stages_1_and_2(trained):
+    io, terms = golden.io(), trained[0]
+    scales = dict(text=1, box_l1=2, box_giou=0.2, cycle_state=1, cycle_box=1)
+    assert {name: term.scale for name, term in terms.items()} == scales
+    for name, theirs in (
+        ("text", "lm"), ("box_l1", "l1"), ("box_giou", "giou"),
+        ("cycle_state", "cycle_embed_mse"), ("cycle_box", "cycle_loc_l1"),
+    ):  # fmt: skip
+        value = float(terms[name].mean) / scales[name]
+        assert value == pytest.approx(float(io[f"train_loss_{theirs}"]), rel=1e-4), name
+    assert float(losses.value(terms)) == pytest.approx(float(io["train_loss_total"]), rel=1e-4)
+
+
+def test_gradients_of_stages_1_and_2(trained):
+    theirs = in_their_form(trained[2])
+    compared = {key.removeprefix("train_grad__"): x for key, x in golden.io().items()
+                if key.startswith("train_grad__")}  # fmt: skip
+    assert len(compared) == 12
+    for name, expected in compared.items():
+        bound = 1e-3 * np.abs(expected).max()
+        np.testing.assert_allclose(theirs[name], expected, rtol=0, atol=bound, err_msg=name)
+    norms = golden.texts()["train_grad_l2_norms"]
+    assert len(norms) == 33
+    for name, norm in norms.items():
+        assert np.linalg.norm(theirs[name]) == pytest.approx(norm, rel=2e-3), name
+
+
+def test_what_stages_1_and_2_train_is_what_the_reference_trains():
+    ones = {path: np.ones_like(x) for path, x in learned_and_frozen()[0].items()}
+    names = {name for name, x in in_their_form(ones).items() if np.any(x)}
+    assert names == set(golden.texts()["trainable_stage12"])
+
+
+def test_chunks_of_logits_change_nothing(trained, batch):
+    terms, _, grads = value_and_grad(
+        task_lib.make_task(MODEL, giou_mean="ordered", loss_chunk=32), batch
+    )
+    assert float(terms["text"].mean) == pytest.approx(float(trained[0]["text"].mean), rel=1e-5)
+    for path, x in grads.items():
+        np.testing.assert_allclose(x, trained[2][path], atol=1e-5, err_msg=path)
+
+
+def sums(task, batch):
+    terms, _ = jax.jit(lambda params: task.loss(params, batch, None))(golden.params())
+    return {name: (float(term.total), float(term.weight)) for name, term in terms.items()}
+
+
+def test_a_batch_of_mixed_tasks_equals_the_tasks_apart(task, batch):
+    """Five rows of five tasks; sums and weights of each term add up row by row."""
+    whole, apart = sums(task, batch), [sums(task, rows(batch, [i])) for i in range(5)]
+    for name, (total, weight) in whole.items():
+        assert total == pytest.approx(sum(one[name][0] for one in apart), rel=1e-4), name
+        assert weight == sum(one[name][1] for one in apart), name
+    assert {one["box_l1"][1] for one in apart} > {0.0}  # a row without any box
+
+
+def test_more_slots_and_other_padding_change_nothing(task, batch):
+    wide = training_batch(num_slots=9)
+    wide["boxes"] = np.where(wide["box_valid"][..., None], wide["boxes"], np.nan)
+    for name, (total, weight) in sums(task, wide).items():
+        assert (total, weight) == pytest.approx(sums(task, batch)[name], rel=1e-5), name
+
+
+def test_boxes_behind_at_are_never_learned_as_words(task, batch):
+    """The labels of the reference still have them; its model takes them out, and so does ours."""
+    as_words = (batch["targets"] == CFG.boxes_id) & (batch["weights"] > 0)
+    assert as_words.sum() == 5
+    without = dict(batch, weights=np.where(as_words, 0, batch["weights"]))
+    assert sums(task, without)["text"] == sums(task, batch)["text"]
+
+
+def test_weights_of_zero_compute_nothing(batch):
+    only = task_lib.make_task(MODEL, text_weight=0.0, cycle_weight=0.0)
+    assert set(sums(only, batch)) == {"box_l1", "box_giou"}
+    text = task_lib.make_task(MODEL, l1_weight=0.0, giou_weight=0.0, cycle_weight=0.0)
+    assert set(sums(text, batch)) == {"text"}
+
+
+def test_predicted_boxes_in_both_layouts(task, batch):
+    expected = golden.io()["train_pred_locs"][:-1]
+    own, decoding = (
+        jax.jit(task.predict["boxes"])(params, batch, None)
+        for params in (golden.params(), task.inference_params(golden.params()))
+    )
+    np.testing.assert_array_equal(own["box_valid"], batch["box_valid"])
+    golden.close(decoding["boxes"], own["boxes"])
+    answers = np.zeros_like(batch["box_valid"])
+    for row, ids in enumerate(batch["tokens"]):
+        for k, place in enumerate(np.flatnonzero(ids == CFG.at_id)):
+            answers[row, k] = batch["weights"][row, place - 1] > 0
+    golden.close(np.asarray(own["boxes"])[answers], expected)
+
+
+def test_scores_are_those_of_the_loss(task, batch):
+    logp = jax.jit(task.predict["score"])(golden.params(), batch, None)["logp"]
+    weight = np.where(batch["targets"] == CFG.boxes_id, 0, batch["weights"])
+    total = -(np.asarray(logp) * weight).sum()
+    assert total == pytest.approx(sums(task, batch)["text"][0], rel=1e-5)
+
+
+def test_the_batch_of_the_reference_is_accepted(task, batch):
+    task.check_batch(batch)
+
+
+def changed(**fields):
+    made = {key: x.copy() for key, x in training_batch().items()}
+    for key, change in fields.items():
+        change(made[key])
+    return made
+
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(boxes=lambda x: x.__setitem__((0, 0), (0.5, 0.1, 0.2, 0.9))), "ordered corners"),
+    (dict(boxes=lambda x: x.__setitem__((0, 0, 2), 1.2)), "in 0..1"),
+    (dict(boxes=lambda x: x.__setitem__((0, 0), np.nan)), "in 0..1"),
+    (dict(box_valid=lambda x: x.__setitem__((0, 0), False)), "1 <boxes> tokens and 0 boxes"),
+    (dict(box_valid=lambda x: x.__setitem__((4, 0), True)), "0 <boxes> tokens and 1 boxes"),
+    (dict(tokens=lambda x: x.__setitem__(x == CFG.at_id, 5)), "does not follow <at>"),
+    (dict(tokens=lambda x: x.__setitem__((0, 160), CFG.at_id)), "or the reverse"),
+    (dict(tokens=lambda x: x.__setitem__((0, 3), CFG.patch_id)), "17 places of an image"),
+    (dict(tokens=lambda x: x.__setitem__((0, 3), 405)), "token id 405"),
+    (dict(weights=lambda x: x.fill(0)), "carries loss"),
+])  # fmt: skip
+def test_batches_that_are_refused(task, fields, message):
+    with pytest.raises(config_lib.ConfigError, match=re.escape(message)):
+        task.check_batch(changed(**fields))
+
+
+def test_images_of_another_size_are_refused(task, batch):
+    small = dict(batch, image_u8=batch["image_u8"][:, :28, :28])
+    with pytest.raises(config_lib.ConfigError, match="28x28 for a tower of 56"):
+        task.check_batch(small)
+
+
+@pytest.mark.parametrize("model, fields, message", [
+    (MODEL | dict(text=1), {}, "unknown key model.text"),
+    (dict(vision=dict(preset="l15"), decoder=dict(preset="tiny")), {}, "model.vision.preset='l15'"),
+    (MODEL | dict(projector_depth=0), {}, "projector_depth 0"),
+    (MODEL, dict(giou_mean="all"), "task.giou_mean='all'"),
+    (MODEL, dict(cycle_weight=-1.0), "cycle_weight"),
+    (MODEL, dict(text_weight=0.0, l1_weight=0.0, giou_weight=0.0, cycle_weight=0.0), "all weights"),
+])  # fmt: skip
+def test_impossible_tasks(model, fields, message):
+    with pytest.raises(config_lib.ConfigError, match=re.escape(message)):
+        task_lib.make_task(model, **fields)
+
+
+def test_presets_are_what_a_recipe_makes(task):
+    assert task.cfg == network.PRESETS["tiny"]
