@@ -78,7 +78,7 @@ def train_tokenizer(args, recipes, work, out, report):
 def train_lvm(args, recipes, tokenizer, work, out, report):
     """Trains the language model for the rest of the time, exporting it as it goes."""
     config = recipes.tiny() if args.small else recipes.full()
-    config.prepare.tokenizer = config.task.tokenizer = tokenizer
+    config.task.tokenizer = tokenizer
     done = threading.Event()
     exporter = threading.Thread(target=export_newest, args=(work / "lvm", out / "lvm", done))
     exporter.start()

@@ -146,7 +146,7 @@ def tiny():
         max_tokens=images * size, fields="<|bos|>,{tokens}", bos_id=codes, eos_id=codes + 1,
         vocab_size=codes + 100,
     )  # fmt: skip
-    c.prepare = dict(tokenizer="tiny", image_side=side, images=images)
+    c.prepare = dict(tokenizer=c.task.get_ref("tokenizer"), image_side=side, images=images)
     shares = dict(video=1.0, pan=2.0, colour=1.0, group=0.5)
     c.data = dict(mixture=_sentences("train", shares), packing="documents")
     heldout = dict(mixture=_sentences("heldout", shares), packing="documents")
@@ -199,7 +199,8 @@ def small():
     c.task.temperature = 0.0  # answers are scored, not looked at
     c.formatter.max_tokens = images * size
     c.prepare = dict(
-        tokenizer="tiny", image_side=32, images=images, kinds=tuple(shares), sentences=1500,
+        tokenizer=c.task.get_ref("tokenizer"), image_side=32, images=images, kinds=tuple(shares),
+        sentences=1500,
         heldout_sentences=32, crops=1000,
     )  # fmt: skip
     c.data = dict(mixture=_sentences("train", shares), packing="documents")

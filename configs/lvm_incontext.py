@@ -3,7 +3,7 @@ r"""A small LVM that works by example, on composed scenes of real cut-outs.
     python -m vlm_jax.main --config=configs/lvm_incontext.py:tokenizer --workdir=TOK
     python -m vlm_jax.tools.export_run --workdir=TOK --to=TOKENIZER
     python -m vlm_jax.main --config=configs/lvm_incontext.py --workdir=RUN \
-        --config.prepare.tokenizer=TOKENIZER --config.task.tokenizer=TOKENIZER
+        --config.task.tokenizer=TOKENIZER
 
 benchmarks/incontext.py does the three in one go and within a given time: seven minutes on an H100.
 Scenes: datasets/composed_scenes.py. Eight images of 32 pixels (64 ids each) a sentence; 5.1 M
@@ -52,7 +52,7 @@ def full():
     )  # fmt: skip
     c.formatter.max_tokens = IMAGES * IDS
     c.prepare = dict(
-        of="composed", tokenizer="tiny", image_side=SIDE, chunk=500, seed=0,
+        of="composed", tokenizer=c.task.get_ref("tokenizer"), image_side=SIDE, chunk=500, seed=0,
         sentences=dict(
             mask=70_000, box=15_000, edges=20_000, colour=70_000, photo=15_000, motion=20_000
         ),
@@ -96,7 +96,7 @@ def anneal():
     """Ten minutes of two CPU cores. Masks and colours; few of the rest, against forgetting."""
     c = full()
     c.model.dtype = "float32"
-    c.task.tokenizer = c.prepare.tokenizer = "tiny32"
+    c.task.tokenizer = "tiny32"
     c.prepare.update(chunk=50, seed=1)
     c.prepare.sentences = dict(box=150, colour=900, edges=150, mask=1_800)
     shares = dict(mask=0.65, box=0.03, edges=0.02, colour=0.3)

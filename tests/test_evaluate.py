@@ -161,6 +161,29 @@ def test_an_evaluator_may_look_at_the_first_batch():
         evaluate.check(evaluation, Task(), Formatter(), {"b": np.float32(1)})
 
 
+def test_what_reading_answers_needs_is_compared_before_anything_runs():
+    class Reads(Formatter):
+        needs = ("y", "probs")
+
+    evaluation = make()
+    evaluate.check(evaluation, Task(), Reads(), {"b": np.float32(1)})  # compares no answers
+    evaluation.evaluator.compares = True
+    with pytest.raises(config_lib.ConfigError, match="evals.own: .*reading its answers also needs"):
+        evaluate.check(evaluation, Task(), Reads(), {"b": np.float32(1)})
+
+
+def test_data_that_a_predictor_cannot_take_name_the_evaluation():
+    class Other(Task):
+        @staticmethod
+        def double(params, batch, rng, *, times=2):
+            return {"y": batch["x"].reshape(7)}
+
+        predict = {"double": double}
+
+    with pytest.raises(config_lib.ConfigError, match=r"evals.own: predict\['double'\] cannot"):
+        evaluate.check(make(), Other(), Formatter(), {"b": np.float32(1)})
+
+
 def test_an_empty_path_makes_an_evaluation_inactive(capsys):
     evaluate._say_once.cache_clear()
     inner = dict(type="few_shot", answer="mask", queries=dict(type="pascal5i", path=""))

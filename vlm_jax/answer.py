@@ -161,7 +161,8 @@ class Host:
       images: uint8[H, W, 3] each, as the network sees them: the picture, or those of a prompt.
       caption: what is given and asked, in words.
       output: path, relative to the folder of results, that the record asks for.
-      tags: numbers that results are grouped by, for example {"class": 3, "fold": 0}.
+      tags: numbers that results are grouped by, for example {"label": 3, "fold": 0};
+        -1 where it is not known.
     """
 
     truth: Answer = dataclasses.field(default_factory=Answer)

@@ -127,7 +127,11 @@ class Formatter(Protocol):
 
 
 class Reader(Protocol):
-    """The host's side of an evaluation: a formatter, or what `Task.row_reader` gives."""
+    """The host's side of an evaluation: a formatter, or what `Task.row_reader` gives.
+
+    `needs`, optional: names of the outputs that `read` reads; compared with what the predictor
+    gives before the first step.
+    """
 
     def read(self, outputs: Mapping[str, Any], hosts: list[answer.Host]) -> list[answer.Answer]:
         """What a predictor's outputs say, a row each."""

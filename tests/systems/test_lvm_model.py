@@ -163,6 +163,10 @@ def test_bad_input(model, golden):
         model.continue_([image.astype(np.float32)])
     with pytest.raises(ValueError, match="n=0"):
         model.continue_([image], 0)
+    with pytest.raises(ValueError, match="n=1.5 must be a whole number"):
+        model.continue_([image], 1.5)
+    with pytest.raises(ValueError, match="candidates=True must be a whole number"):
+        model.continue_([image], 1, candidates=True)
     with pytest.raises(ValueError, match="2 lists of pairs for 1 queries"):
         model.analogy([[(image, image)], [(image, image)]], [image])
     with pytest.raises(ValueError, match="codebook"):

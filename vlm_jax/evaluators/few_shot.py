@@ -199,13 +199,13 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
 
     result = {key: mean(lines, key) for key in keys} | {"images": float(len(lines))}
     if "iou" in keys:
-        classes = sorted({line["label"] for line in lines} - {-1})
-        of_class = [[line for line in lines if line["label"] == label] for label in classes]
+        classes = sorted({line.get("label", -1) for line in lines} - {-1})
+        of_class = [[line for line in lines if line.get("label") == label] for label in classes]
         if classes:
             result["miou"] = float(np.mean([mean(of, "iou") for of in of_class]))
             result["classes"] = float(len(classes))
-        for fold in sorted({line["fold"] for line in lines} - {-1}):
-            of_fold = [line for line in lines if line["fold"] == fold]
+        for fold in sorted({line.get("fold", -1) for line in lines} - {-1}):
+            of_fold = [line for line in lines if line.get("fold") == fold]
             result[f"fold_{fold}_iou"] = mean(of_fold, "iou")
     return result
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
-from vlm_jax.data import images
+from vlm_jax.data import images, records
 from vlm_jax.program import passes
 
 
@@ -28,27 +29,24 @@ class Evaluator:
 
     def run(self, data: passes.Pass) -> dict[str, float]:
         """Writes the picture; returns the means of the outputs that are one number a row."""
-        pictures, lines = [], []
+        shown, lines = _Spread(self.rows), []
         for batch in data.batches:
             outputs = data.predict(batch)
             answers = data.read(outputs, batch)
             scalars = {key: x for key, x in outputs.items() if np.ndim(x) == 1}
             for at in batch.scored():
-                host = batch.hosts[at]
-                made, true = answers[at].images, host.truth.images
-                pictures.append(
-                    (
-                        host.caption or host.id,
-                        list(host.images),
-                        *([*map(images.to_u8, x)] for x in (made, true)),
+                host, made = batch.hosts[at], answers[at].images
+                if not made:
+                    raise records.DataError(
+                        f"image_grid shows images, and the answer about {host.id or 'a row'} has "
+                        f"none; predict={self.predict!r} must be a predictor that makes some"
                     )
-                )
+                both = ([*map(images.to_u8, x)] for x in (made, host.truth.images))
+                shown.add((host.caption or host.id, list(host.images), *both))
                 values = {key: float(x[at]) for key, x in scalars.items()}
                 lines.append((int(batch.rows[at]), values))
-        if data.first and pictures:
-            chosen = np.linspace(0, len(pictures) - 1, min(self.rows, len(pictures))).round()
-            sheet = self._draw([pictures[int(index)] for index in chosen])
-            (data.folder / "samples.png").write_bytes(images.encode(sheet))
+        if data.first and (rows := shown.chosen()):
+            (data.folder / "samples.png").write_bytes(images.encode(self._draw(rows)))
         lines = data.gather(lines)
         keys = lines[0] if lines else {}
         return {key: float(np.mean([values[key] for values in lines])) for key in keys}
@@ -74,3 +72,25 @@ class Evaluator:
             row_labels=[row[0] for row in rows],
             cell=self.cell,
         )
+
+
+class _Spread:
+    """Some of a stream, evenly spread over it; holds at most twice as many as are wanted."""
+
+    def __init__(self, wanted: int):
+        self._wanted, self._every, self._seen = max(1, wanted), 1, 0
+        self._kept: list[Any] = []
+
+    def add(self, item: Any) -> None:
+        """The next of the stream."""
+        if self._seen % self._every == 0:
+            self._kept.append(item)
+        self._seen += 1
+        if len(self._kept) > 2 * self._wanted:
+            self._kept, self._every = self._kept[::2], 2 * self._every
+
+    def chosen(self) -> list[Any]:
+        """As many as wanted, or all that there were; the first and nearly the last among them."""
+        count = min(self._wanted, len(self._kept))
+        places = np.linspace(0, len(self._kept) - 1, count).round()
+        return [self._kept[int(place)] for place in places]

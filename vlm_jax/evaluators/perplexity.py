@@ -46,15 +46,15 @@ class Evaluator:
         Raises:
           ValueError: no row has a target.
         """
-        lines = []
+        lines, counts_v = [], np.zeros(self.num_ids)
         for batch in data.batches:
             logp_bt = data.predict(batch)["logp"].astype(np.float64)
             scored_bt = self._scored(batch)
             for row in np.flatnonzero(scored_bt.any(axis=1)).tolist():
                 logp = logp_bt[row, scored_bt[row]]
-                ids = batch.arrays["targets"][row, scored_bt[row]] if self.baseline else ()
-                line = float(logp.sum()), len(logp), [int(x) for x in ids]
-                lines.append((int(batch.rows[row]), line))
+                lines.append((int(batch.rows[row]), (float(logp.sum()), len(logp))))
+            if self.baseline:
+                counts_v = _more(counts_v, batch.arrays["targets"][scored_bt])
         rows = data.gather(lines)
         if not rows:
             raise ValueError("perplexity: no row has a target; are all loss weights zero?")
@@ -67,8 +67,10 @@ class Evaluator:
         if self.num_ids:
             results["uniform_perplexity"] = float(self.num_ids)
         if self.baseline:
-            ids = np.concatenate([np.array(row[2], np.int64) for row in rows])
-            results["unigram_perplexity"] = self._unigram(data.other(self.baseline), ids)
+            # Everybody's counts, as long as the longest.
+            size = max(int(x[0]) for x in data.parts(np.array([float(len(counts_v))])))
+            counts_v = data.add(np.pad(counts_v, (0, size - len(counts_v))))
+            results["unigram_perplexity"] = self._unigram(data.other(self.baseline), counts_v)
         return results
 
     def _scored(self, batch: passes.Batch) -> np.ndarray:
@@ -80,12 +82,20 @@ class Evaluator:
             scored_bt &= after_bt <= self.last
         return scored_bt
 
-    def _unigram(self, batches: Any, ids: np.ndarray) -> float:
-        size = max(self.num_ids, int(ids.max()) + 1)
+    def _unigram(self, batches: Any, scored_v: np.ndarray) -> float:
+        """`scored_v`: how often each id is a target that is scored."""
+        size = len(scored_v)
         counts = np.ones(size)
         for batch in batches:
             seen_bt = (batch.arrays["weights"] > 0) & batch.valid[:, None]
             seen = batch.arrays["targets"][seen_bt]
             counts += np.bincount(seen[seen < size], minlength=size)
         logp = np.log(counts / counts.sum())
-        return float(np.exp(-logp[ids].mean()))
+        return float(np.exp(-(scored_v * logp).sum() / scored_v.sum()))
+
+
+def _more(counts_v: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Counts of ids, longer where a larger id comes."""
+    found_v = np.bincount(ids, minlength=len(counts_v)).astype(np.float64)
+    found_v[: len(counts_v)] += counts_v
+    return found_v

@@ -166,7 +166,8 @@ def check(evaluation: Evaluation, task: Any, formatter: Any, params: Any, seed: 
             f"{where}: the evaluator {kind!r} compares answers, and {type(reader).__name__} reads "
             "none from what a predictor gives"
         )
-    name, needs = evaluator.predict, getattr(evaluator, "needs", ())
+    name, needs = evaluator.predict, tuple(getattr(evaluator, "needs", ()))
+    reading = getattr(reader, "needs", ()) if getattr(evaluator, "compares", False) else ()
     if name not in task.predict:
         raise config_lib.ConfigError(
             f"{where}.predict={name!r}{config_lib.nearest(name, task.predict)}"
@@ -181,13 +182,18 @@ def check(evaluation: Evaluation, task: Any, formatter: Any, params: Any, seed: 
     except ValueError as error:
         raise config_lib.ConfigError(f"{where}: {error}") from error
     predictor = functools.partial(task.predict[name], **evaluation.options)
-    outputs = jax.eval_shape(predictor, params, first.arrays, jax.random.key(0))
-    missing = [key for key in needs if key not in outputs]
-    if missing:
+    try:
+        outputs = jax.eval_shape(predictor, params, first.arrays, jax.random.key(0))
+    except (ValueError, TypeError) as error:
         raise config_lib.ConfigError(
-            f"{where}: predict[{name!r}] gives {', '.join(sorted(outputs))}, "
-            f"and the evaluator {kind!r} also needs {', '.join(missing)}"
-        )
+            f"{where}: predict[{name!r}] cannot take these data: {error}"
+        ) from error
+    for who, keys in ((f"the evaluator {kind!r}", needs), ("reading its answers", reading)):
+        if missing := [key for key in keys if key not in outputs]:
+            raise config_lib.ConfigError(
+                f"{where}: predict[{name!r}] gives {', '.join(sorted(outputs))}, "
+                f"and {who} also needs {', '.join(missing)}"
+            )
 
 
 def _check_options(evaluation: Evaluation, predictor: Callable[..., Any]) -> None:

@@ -274,8 +274,9 @@ class Lvm(saving.Model):
         many new images as fit are made in one call, after that one per call over the last images
         of prompt and answer, positions restarting at 0.
         """
-        if n < 1 or candidates < 1:
-            raise ValueError(f"n={n} and candidates={candidates} must be at least 1")
+        for name, number in (("n", n), ("candidates", candidates)):
+            if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+                raise ValueError(f"{name}={number!r} must be a whole number from 1 on")
         size = self.tokenizer.cfg.tokens_per_image
         keep = self.context_images - 1
         prompts = self._fitting(prompts)

@@ -53,6 +53,8 @@ class Formatter:
         if self.images < 1 or self.targets < 1:
             raise ValueError(f"images={self.images} and targets={self.targets} must be positive")
 
+    needs = ("ids",)
+
     def __call__(self, record: Mapping[str, Any], rng: Any = None) -> dict[str, np.ndarray]:
         """One prompt.
 

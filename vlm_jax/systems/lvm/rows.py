@@ -44,6 +44,8 @@ class RowReader:
     codebook_size: int
     tokenizer: Callable[[], Any]
 
+    needs = ("ids",)
+
     def collate(
         self, arrays: Mapping[str, np.ndarray], hosts: list[answer.Host], *, truth: bool
     ) -> tuple[Mapping[str, np.ndarray], list[answer.Host]]:

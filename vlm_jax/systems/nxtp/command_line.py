@@ -61,6 +61,8 @@ def predict(args) -> int:
     """Loads, labels, writes, prints; returns the exit status."""
     out = pathlib.Path(args.out)
     is_folder = out.suffix.lower() not in (".jsonl", ".csv")
+    if out.suffix.lower() in (".json", ".txt", ".tsv", ".png") and not out.is_dir():
+        raise ValueError(f"--out={args.out}: give a name that ends in .jsonl or .csv, or a folder")
     if args.attention and not is_folder:
         raise ValueError(f"--attention draws pictures; --out={args.out} must be a folder")
     fields = {name: getattr(args, name) for name in _FIELDS}

@@ -93,6 +93,8 @@ class Formatter:
         )
         return {"image_u8": image_u8, **self.rows(labels, rng), "host": host}
 
+    needs = ("ids", "probs", "lengths")
+
     def read(
         self, outputs: Mapping[str, np.ndarray], hosts: list[answer.Host]
     ) -> list[answer.Answer]:
