@@ -39,7 +39,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True)
     parser.add_argument("--seconds", type=float, default=420.0, help="in all, from the start on")
-    parser.add_argument("--tokenizer_seconds", type=float, default=60.0, help="0: the shipped one")
+    parser.add_argument("--tokenizer_seconds", type=float, default=60.0, help="0: a shipped one")
+    parser.add_argument("--tokenizer", default="tiny", help="which one is shipped: tiny or tiny32")
     parser.add_argument("--small", action="store_true", help="the tiny forms, for a CPU")
     args = parser.parse_args()
     out = pathlib.Path(args.out)
@@ -52,7 +53,7 @@ def main():
 
     jax.config.update("jax_compilation_cache_dir", str(work / "xla"))
     report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    tokenizer = "tiny"
+    tokenizer = args.tokenizer
     if args.tokenizer_seconds:
         try:
             tokenizer = train_tokenizer(args, lvm_incontext, work, out, report)
@@ -142,8 +143,9 @@ def export(workdir, to, report):
     to.mkdir(exist_ok=True)
     if to.name == "lvm":  # not the folder of this machine, but what the package will call it
         config = json.loads((fresh / "config.json").read_text())
-        if config["task"]["tokenizer"] != "tiny":
-            config["task"]["tokenizer"] = "tiny32"
+        for section in ("task", "prepare"):
+            if config.get(section, {}).get("tokenizer", "tiny") != "tiny":
+                config[section]["tokenizer"] = "tiny32"
         (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for file in fresh.iterdir():
         partial = to / f".{file.name}"
