@@ -12,6 +12,7 @@ from vlm_jax.models import llama
 from vlm_jax.ops import losses, partition
 from vlm_jax.program import optim, run, sharding, train
 from vlm_jax.systems import lvm, nxtp, vqgan
+from vlm_jax.systems.nextchat import task as nextchat
 
 ROWS = 8
 # Supervised tokens of every row; part j of k has the rows j, j + k, ...: the last of 4 has none.
@@ -84,11 +85,34 @@ def of_vqgan():
     return task, {"image01": image01, "valid": COUNTS > 1}
 
 
+def of_nextchat(**fields):
+    """Rows with no location, one in the question, one and two in the answer."""
+    model = {"vision": {"preset": "tiny"}, "decoder": {"preset": "tiny"}}
+    task, rng = nextchat.make_task(model, **fields), np.random.default_rng(4)
+    cfg, kinds = task.cfg, np.arange(ROWS) % 4
+    tokens = rng.integers(3, 400, (ROWS, 30)).astype(np.int32)
+    tokens[:, 1:17] = cfg.patch_id
+    tokens[kinds == 1, 18:20] = tokens[kinds > 1, 23:25] = cfg.at_id, cfg.boxes_id
+    tokens[kinds == 3, 26:28] = cfg.at_id, cfg.boxes_id
+    corners = np.sort(rng.uniform(size=(ROWS, 2, 2, 2)), axis=2)
+    return task, {
+        "image_u8": rng.integers(0, 256, (ROWS, 56, 56, 3), np.uint8),
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "weights": np.tile(np.arange(30) > 20, (ROWS, 1)).astype(np.float32),
+        "token_valid": np.ones((ROWS, 30), bool),
+        "boxes": corners.reshape(ROWS, 2, 4).astype(np.float32),
+        "box_valid": np.stack([kinds > 0, kinds == 3], axis=1),
+    }
+
+
 CASES = {
     "two terms": pair,
     "lvm": lambda: of_lvm(loss_mean="token"),
     "lvm, chunked rows": lambda: of_lvm(loss_mean="row", loss_chunk=4),
     "nxtp": of_nxtp,
+    "nextchat": of_nextchat,
+    "nextchat, ordered boxes": lambda: of_nextchat(giou_mean="ordered"),
     "vqgan": of_vqgan,
 }
 

@@ -10,6 +10,7 @@ from vlm_jax.models import llama
 from vlm_jax.ops import partition
 from vlm_jax.program import evaluate, sharding
 from vlm_jax.systems import lvm, nxtp
+from vlm_jax.systems.nextchat import task as nextchat
 
 MESHES = {"1x8x1": (1, 8, 1), "2x2x2": (2, 2, 2)}
 
@@ -54,7 +55,32 @@ def nxtp_batch(task):
     }
 
 
-SYSTEMS = {"lvm": (lvm_task, lvm_batch, "continue"), "nxtp": (nxtp_task, nxtp_batch, "one_shot")}
+def nextchat_task():
+    return nextchat.make_task(dict(vision=dict(preset="tiny"), decoder=dict(preset="tiny")))
+
+
+def nextchat_batch(task):
+    cfg, rng = task.cfg, np.random.default_rng(1)
+    tokens = rng.integers(3, 400, (8, 32)).astype(np.int32)
+    tokens[:, 2:18] = cfg.patch_id
+    tokens[:, [1, 18]] = cfg.start_id, cfg.end_id
+    tokens[:, [22, 23]] = tokens[:4, [26, 27]] = cfg.at_id, cfg.boxes_id
+    return {
+        "image_u8": rng.integers(0, 255, (8, 56, 56, 3), np.uint8),
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "weights": np.tile(np.arange(32) > 20, (8, 1)).astype(np.float32),
+        "token_valid": np.arange(32) < rng.integers(28, 33, (8, 1)),
+        "boxes": np.sort(rng.uniform(size=(8, 3, 2, 2)), axis=2).reshape(8, 3, 4).astype("float32"),
+        "box_valid": np.array([[True, i < 4, False] for i in range(8)]),
+    }
+
+
+SYSTEMS = {
+    "lvm": (lvm_task, lvm_batch, "continue"),
+    "nxtp": (nxtp_task, nxtp_batch, "one_shot"),
+    "nextchat": (nextchat_task, nextchat_batch, "boxes"),
+}
 
 
 @functools.cache

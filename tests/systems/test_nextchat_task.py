@@ -1,6 +1,10 @@
 """NExT-Chat's task: the reference's loss and gradients, mixed batches, what it refuses."""
 
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -239,3 +243,54 @@ def test_impossible_tasks(model, fields, message):
 
 def test_presets_are_what_a_recipe_makes(task):
     assert task.cfg == network.PRESETS["tiny"]
+
+
+# Compiles an update of the released size on 8 devices, allocating nothing; in a process of its own
+# because the partitioner complains on the file descriptor of stderr.
+COMPILE = """
+import dataclasses
+import jax, jax.numpy as jnp
+from vlm_jax.ops import partition
+from vlm_jax.program import optim, run, sharding, train
+from vlm_jax.systems.nextchat import network, task as task_lib
+
+released, rows, length = network.PRESETS["7b_336"], 8, 768
+cfg = dataclasses.replace(
+    released,
+    vision=dataclasses.replace(released.vision, dtype="bfloat16", depth=4),
+    decoder=dataclasses.replace(released.decoder, dtype="bfloat16", remat="full"),
+)
+task = task_lib.NextChatTask(cfg, loss_chunk=256)
+mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
+recipe = run.Recipe(system="nextchat", model={}, data=None,
+                    train=train.TrainConfig(steps=10, batch_size=rows),
+                    optim=optim.OptimConfig(trainable=task_lib.TRAINED[1]))
+optimizer = optim.make_optimizer(recipe.optim, 10)
+state = jax.eval_shape(lambda: train.init_state(task, optimizer, recipe, jax.random.key(0)))
+shardings = train.state_shardings(mesh, task, state)
+shapes = dict(
+    image_u8=((336, 336, 3), "uint8"), tokens=((length,), "int32"), targets=((length,), "int32"),
+    weights=((length,), "float32"), token_valid=((length,), "bool"),
+    boxes=((4, 4), "float32"), box_valid=((4,), "bool"),
+)
+batch = {key: jax.ShapeDtypeStruct((rows, *shape), dtype) for key, (shape, dtype) in shapes.items()}
+everywhere = sharding.replicated(mesh)
+step = jax.jit(train.make_train_step(task, optimizer, recipe),
+               in_shardings=(shardings, sharding.of_batch(mesh), everywhere),
+               out_shardings=(shardings, everywhere), donate_argnums=0)
+with partition.use_mesh(mesh):
+    step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0))).compile()
+print("compiled")
+"""
+
+
+@pytest.mark.slow
+def test_no_involuntary_rematerialization():
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION_CACHE")}
+    env["TF_CPP_MIN_LOG_LEVEL"] = "0"
+    out = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=900, env=env,
+        cwd=pathlib.Path(__file__).parents[2],
+    )  # fmt: skip
+    assert "compiled" in out.stdout, out.stderr[-3000:]
+    assert not re.search("involuntary full remat", out.stderr, re.IGNORECASE), out.stderr
