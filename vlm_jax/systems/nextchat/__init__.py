@@ -4,3 +4,8 @@ image ── CLIP ── projector ──┐                            ┌─�
 question, boxes in it ───────┴── language model ── <at> ──┼── box
                                                           └── mask, by SAM
 """
+
+from vlm_jax.systems.nextchat.task import NextChatTask, make_task
+from vlm_jax.systems.nextchat.upstream import load_upstream
+
+__all__ = ["NextChatTask", "load_upstream", "make_task"]

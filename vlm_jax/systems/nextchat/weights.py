@@ -236,6 +236,26 @@ def config_of(
     return network.NextChatConfig(vision, decoder, depth or 1)
 
 
+def require_stated(
+    tensors: convert.Tensors, path: str | os.PathLike, cfg: network.NextChatConfig
+) -> None:
+    """Refuses a checkpoint whose config.json says what the model has otherwise.
+
+    Raises:
+      WeightsError: heads, angles or norms differ, which shapes do not tell.
+    """
+    if not (readers.folder_of(path) / "config.json").exists():
+        return
+    found = config_of(tensors, path, cfg.vision)
+    for field in ("num_heads", "kv_heads", "head_size", "rope_theta", "rms_eps"):
+        theirs, ours = getattr(found.decoder, field), getattr(cfg.decoder, field)
+        if theirs != ours:
+            raise errors.WeightsError(
+                f"{path} was trained with {field}={theirs}, the model has {ours}: the same weights "
+                "would compute another function. Choose another model.decoder.preset, or set it"
+            )
+
+
 def _decoder_config(fields: Mapping[str, Any]) -> llama_model.LlamaConfig:
     if (kind := fields.get("model_type")) != "nextchat":
         raise errors.WeightsError(f"model_type is {kind!r}, not 'nextchat'")

