@@ -28,7 +28,7 @@ from vlm_jax.weights import bounds, convert, errors, export, lazy, readers
 
 _THIRDS = ("q", "k", "v")
 _FUSED = re.compile(r".*\.attn\.in_proj_(weight|bias)")
-_OF_THIRD = re.compile(r"(.*\.attn\.in_proj_(?:weight|bias))#([qkv])")
+_OF_THIRD = re.compile(r"(.*)#([qkv])")
 
 _TRANSPOSED = (lambda x, shape: x.T.reshape(shape), lambda x: x.reshape(x.shape[0], -1).T)
 _OUT_LAST = (lambda x, shape: x.T.reshape(shape), lambda x: x.reshape(-1, x.shape[-1]).T)
@@ -145,8 +145,8 @@ def read(path: str | os.PathLike) -> lazy.Tensors:
     return cut(readers.read(path))
 
 
-def cut(tensors: convert.Tensors) -> lazy.Tensors:
-    """The same tensors, every `attn.in_proj_*` as three: `...#q`, `...#k`, `...#v`."""
+def cut(tensors: convert.Tensors, fused: re.Pattern = _FUSED) -> lazy.Tensors:
+    """The same tensors, every fused one (`attn.in_proj_*`) as three: `...#q`, `...#k`, `...#v`."""
 
     def third(name, index):
         x = tensors[name]
@@ -156,7 +156,7 @@ def cut(tensors: convert.Tensors) -> lazy.Tensors:
 
     loaders: dict[str, Callable[[], np.ndarray]] = {}
     for name in tensors:
-        if _FUSED.fullmatch(name):
+        if fused.fullmatch(name):
             loaders |= {
                 f"{name}#{t}": functools.partial(third, name, i) for i, t in enumerate(_THIRDS)
             }
