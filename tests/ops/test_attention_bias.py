@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_attention import attend, close, make, plain
 
+from tests.ops.test_attention import attend, close, make, plain
 from vlm_jax.ops import attention, masks
 
 IMPLEMENTATIONS = ["xla", "blocks", "loop", "cudnn", "splash"]

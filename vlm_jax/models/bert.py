@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlm_jax.nn import linear, norms
-from vlm_jax.ops import attention, matmul
+from vlm_jax.nn import attention, mlp, norms
+from vlm_jax.ops import matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,24 +90,16 @@ class Block(nnx.Module):
     """norm(x + Attention(x)), then norm(x + MLP(x))."""
 
     def __init__(self, cfg, rngs):
-        d, n, h, f = cfg.width, cfg.num_heads, cfg.width // cfg.num_heads, cfg.mlp_width
-        dtype = dict(param_dtype=cfg.param_dtype)
-        self.q = linear.Linear(rngs, (d, n, h), (n, h), **dtype)
-        self.k = linear.Linear(rngs, (d, n, h), (n, h), **dtype)
-        self.v = linear.Linear(rngs, (d, n, h), (n, h), **dtype)
-        self.o = linear.Linear(rngs, (n, h, d), (d,), **dtype)
-        self.attn_norm = norms.LayerNorm(d, cfg.norm_eps, cfg.param_dtype)
-        self.up = linear.Linear(rngs, (d, f), (f,), **dtype)
-        self.down = linear.Linear(rngs, (f, d), (d,), **dtype)
-        self.mlp_norm = norms.LayerNorm(d, cfg.norm_eps, cfg.param_dtype)
+        d, dtype = cfg.width, dict(param_dtype=cfg.param_dtype)
+        self.attn = attention.Attention(rngs, d, cfg.num_heads, bias="qkvo", **dtype)
+        self.attn_norm = norms.LayerNorm(d, cfg.norm_eps, **dtype)
+        self.mlp = mlp.Mlp(rngs, d, cfg.mlp_width, "gelu", bias=True, **dtype)
+        self.mlp_norm = norms.LayerNorm(d, cfg.norm_eps, **dtype)
 
     def __call__(self, x_btd, valid_bt):
         """x_btd -> x_btd."""
-        q_btnh, k_btnh, v_btnh = (p("btd,dnh->btnh", x_btd) for p in (self.q, self.k, self.v))
-        o_btnh = attention.attend(q_btnh, k_btnh, v_btnh, kv_valid_bs=valid_bt)
-        x_btd = self.attn_norm(x_btd + self.o("btnh,nhd->btd", o_btnh))
-        hidden_btf = jax.nn.gelu(self.up("btd,df->btf", x_btd), approximate=False)
-        return self.mlp_norm(x_btd + self.down("btf,fd->btd", hidden_btf))
+        x_btd = self.attn_norm(x_btd + self.attn(x_btd, kv_valid_bs=valid_bt))
+        return self.mlp_norm(x_btd + self.mlp(x_btd))
 
 
 class Table(nnx.Module):

@@ -23,8 +23,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from vlm_jax.nn import conv, functional, norms
-from vlm_jax.ops import attention, matmul, partition
+from vlm_jax.nn import attention, functional, linear, mlp, norms, patches
+from vlm_jax.ops import matmul, partition
 
 # Of the pixels, channel by channel; upstream: clip/clip.py, _transform.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -138,6 +138,9 @@ class ClipConfig:
             )
 
 
+_ACTIVATIONS = ("gelu", "quick_gelu")  # of the releases
+
+
 def _check(cfg):
     if cfg.width % (cfg.heads or cfg.width + 1):
         raise ValueError(f"width {cfg.width} is not a multiple of num_heads {cfg.heads}")
@@ -145,14 +148,6 @@ def _check(cfg):
         raise ValueError(f"activation {cfg.activation!r} is none of {sorted(_ACTIVATIONS)}")
     if cfg.remat not in ("none", "full"):
         raise ValueError(f"remat {cfg.remat!r} is neither 'none' nor 'full'")
-
-
-def quick_gelu(x):
-    """x * sigmoid(1.702 x)."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
 
 
 # upstream: clip/model.py builds every size from the shapes of the released files.
@@ -203,14 +198,14 @@ class VisionTower(nnx.Module):
         self.cfg = cfg
         width = cfg.width
         deviation = width**-0.5  # upstream: VisionTransformer.__init__
-        self.patches = Patches(cfg, rngs)
+        self.patches = patches.PatchEmbed(rngs, cfg.patch_size, width, param_dtype=cfg.param_dtype)
         self.class_token = nnx.Param(_normal(cfg, rngs, (width,), deviation))
         self.positions = nnx.Param(_normal(cfg, rngs, (cfg.num_patches + 1, width), deviation))
         self.pre_norm = norms.LayerNorm(width, cfg.norm_eps, cfg.param_dtype)
         self.blocks = nnx.List([Block(cfg, rngs) for _ in range(cfg.depth)])
         self.post_norm = norms.LayerNorm(width, cfg.norm_eps, cfg.param_dtype)
         if cfg.projection:
-            self.projection = Linear(cfg, rngs, (width, cfg.projection), deviation)
+            self.projection = _projection(cfg, rngs)
 
     def __call__(self, image_byxc):
         """float[B, S, S, 3], normalised -> embedding float32[B, projection], not of unit length."""
@@ -251,7 +246,8 @@ class VisionTower(nnx.Module):
                 f"images of {list(image_byxc.shape[1:])}, but the tower takes "
                 f"{[side, side, channels]}: positions are learned for one size"
             )
-        x_bpd = self.patches(image_byxc.astype(self.cfg.dtype))
+        x_byxd = self.patches(image_byxc.astype(self.cfg.dtype))
+        x_bpd = x_byxd.reshape(x_byxd.shape[0], -1, self.cfg.width)
         class_b1d = jnp.broadcast_to(
             self.class_token[...].astype(x_bpd.dtype), (x_bpd.shape[0], 1, self.cfg.width)
         )
@@ -272,7 +268,7 @@ class TextTower(nnx.Module):
         self.positions = nnx.Param(_normal(cfg, rngs, (cfg.max_tokens, cfg.width), 0.01))
         self.blocks = nnx.List([Block(cfg, rngs) for _ in range(cfg.depth)])
         self.final_norm = norms.LayerNorm(cfg.width, cfg.norm_eps, cfg.param_dtype)
-        self.projection = Linear(cfg, rngs, (cfg.width, cfg.projection), cfg.width**-0.5)
+        self.projection = _projection(cfg, rngs)
 
     def __call__(self, tokens_bt):
         """int32[B, T], T up to max_tokens -> embedding float32[B, projection].
@@ -333,81 +329,20 @@ class Block(nnx.Module):
     def __init__(self, cfg, rngs):
         # upstream: CLIP.initialize_parameters
         inner, outer = cfg.width**-0.5, cfg.width**-0.5 * (2 * cfg.depth) ** -0.5
+        fields = dict(out_scale=outer, param_dtype=cfg.param_dtype)
         self.attn_norm = norms.LayerNorm(cfg.width, cfg.norm_eps, cfg.param_dtype)
-        self.attn = Attention(cfg, rngs, inner, outer)
+        self.attn = attention.Attention(
+            rngs, cfg.width, cfg.heads, bias="qkvo", scale=inner, **fields
+        )
         self.mlp_norm = norms.LayerNorm(cfg.width, cfg.norm_eps, cfg.param_dtype)
-        self.mlp = Mlp(cfg, rngs, (2 * cfg.width) ** -0.5, outer)
+        wide = dict(bias=True, scale=(2 * cfg.width) ** -0.5)
+        self.mlp = mlp.Mlp(rngs, cfg.width, cfg.hidden, cfg.activation, **wide, **fields)
 
     def __call__(self, x_btd, causal):
         """x_btd -> x_btd."""
         x_btd = partition.constrain(x_btd, partition.BATCH, None, None)
-        x_btd = x_btd + self.attn(self.attn_norm(x_btd), causal)
+        x_btd = x_btd + self.attn(self.attn_norm(x_btd), causal=causal)
         return x_btd + self.mlp(self.mlp_norm(x_btd))
-
-
-class Attention(nnx.Module):
-    """Self-attention with biases."""
-
-    def __init__(self, cfg, rngs, inner, outer):
-        d, n, h = cfg.width, cfg.heads, cfg.width // cfg.heads
-        self.q = Linear(cfg, rngs, (d, n, h), inner, (n, h))
-        self.k = Linear(cfg, rngs, (d, n, h), inner, (n, h))
-        self.v = Linear(cfg, rngs, (d, n, h), inner, (n, h))
-        self.o = Linear(cfg, rngs, (n, h, d), outer, (d,))
-
-    def __call__(self, x_btd, causal):
-        """x_btd -> x_btd."""
-        q_btnh, k_btnh, v_btnh = (p("btd,dnh->btnh", x_btd) for p in (self.q, self.k, self.v))
-        o_btnh = attention.attend(q_btnh, k_btnh, v_btnh, causal=causal)
-        return self.o("btnh,nhd->btd", o_btnh)
-
-
-class Mlp(nnx.Module):
-    """down(activation(up(x)))."""
-
-    def __init__(self, cfg, rngs, inner, outer):
-        d, f = cfg.width, cfg.hidden
-        self.activation = cfg.activation
-        self.up = Linear(cfg, rngs, (d, f), inner, (f,))
-        self.down = Linear(cfg, rngs, (f, d), outer, (d,))
-
-    def __call__(self, x_btd):
-        """x_btd -> x_btd."""
-        hidden_btf = _ACTIVATIONS[self.activation](self.up("btd,df->btf", x_btd))
-        hidden_btf = partition.constrain(hidden_btf, partition.BATCH, None, "tensor")
-        return self.down("btf,fd->btd", hidden_btf)
-
-
-class Patches(nnx.Module):
-    """Every patch as one vector, rows first; a convolution without bias."""
-
-    def __init__(self, cfg, rngs):
-        size = cfg.patch_size
-        deviation = (3 * size * size) ** -0.5
-        self.kernel = nnx.Param(_normal(cfg, rngs, (size, size, 3, cfg.width), deviation))
-
-    def __call__(self, image_byxc):
-        """float[B, S, S, 3] -> x_bpd."""
-        size, none = self.kernel.shape[0], jnp.zeros((), image_byxc.dtype)
-        x_byxd = conv.conv2d(
-            image_byxc, self.kernel[...], none, stride=size, padding=((0, 0), (0, 0))
-        )
-        b, y, x, d = x_byxd.shape
-        return x_byxd.reshape(b, y * x, d)
-
-
-class Linear(nnx.Module):
-    """A matrix, with a bias where one has a shape: `self.up("btd,df->btf", x_btd)`."""
-
-    def __init__(self, cfg, rngs, sizes, deviation, bias=None):
-        self.kernel = nnx.Param(_normal(cfg, rngs, sizes, deviation))
-        if bias is not None:
-            self.bias = nnx.Param(jnp.zeros(bias, cfg.param_dtype))
-
-    def __call__(self, spec, x):
-        """The product and sum, in x's dtype."""
-        y = matmul.project(spec, x, self.kernel[...].astype(x.dtype))
-        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 
 def make(cfg: ClipConfig) -> functional.Functional:
@@ -423,6 +358,11 @@ def _run(blocks, x_btd, cfg, causal, states=None):
         if states is not None:
             states.append(x_btd)
     return x_btd
+
+
+def _projection(cfg, rngs):
+    sizes = cfg.width, cfg.projection
+    return linear.Linear(rngs, sizes, scale=cfg.width**-0.5, param_dtype=cfg.param_dtype)
 
 
 def _normal(cfg, rngs, sizes, deviation):

