@@ -11,6 +11,7 @@ implementation which skips masked blocks shows more. A GPU also runs torch's fus
 import argparse
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ class Case:
     t: int
     n: int
     h: int
-    kind: str  # of mask
+    kind: str  # of mask, or "grid": of bias
 
 
 CASES = (
@@ -41,6 +42,8 @@ CASES = (
     Case("NXTP, 256 of the image + 64 of text", 32, 320, 32, 128, "prefix"),
     Case("CLIP L/14, 257 tokens", 32, 257, 16, 64, "all"),
     Case("CLIP L/14, 256 tokens", 32, 256, 16, 64, "all"),
+    Case("SAM H, 64 x 64 tokens, rows and columns", 2, 4096, 16, 80, "grid"),
+    Case("SAM H, windows of 14 x 14", 50, 196, 16, 80, "grid"),
 )
 SMALL = tuple(
     dataclasses.replace(case, b=1, t=max(64, case.t // 16) + case.t % 2, n=2) for case in CASES
@@ -53,6 +56,10 @@ def structure(case):
         ends = np.sort(np.random.default_rng(0).integers(1, case.t, (case.b, 7)), axis=1)
         segments = (np.arange(case.t) >= ends[..., None]).sum(1).astype(np.int32) + 1
         return dict(causal=True), dict(q_segments_bt=segments, kv_segments_bs=segments)
+    if case.kind == "grid":
+        sizes = case.b, case.n, case.t, math.isqrt(case.t)
+        terms = (jax.random.normal(jax.random.key(i), sizes) for i in (4, 5))
+        return {}, dict(bias=attention.GridBias(*terms))
     if case.kind == "prefix":
         return dict(causal=True, prefix=case.t * 4 // 5), {}
     return dict(causal=case.kind == "causal"), {}

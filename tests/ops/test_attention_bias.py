@@ -199,6 +199,41 @@ def test_a_decoding_step_without_keys(t):
     close(attend(q, k, v, **where), plain(q, k, v, masks.cache(valid, t, 2)))
 
 
+@pytest.mark.parametrize("case", ["grid", "buckets", "padding on the left"])
+def test_cudnn_itself(case):
+    """The kernel, where there is one: values against the textbook, gradients against ours."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU")
+    q, k, v = make(t=64, n=4, k=2, h=64, dtype=jnp.bfloat16)
+    valid = jnp.arange(64) >= jnp.array([[20], [0]])
+    table = numbers_like(4, 8)
+    buckets = attention.t5_buckets(jnp.arange(64), jnp.arange(64), num_buckets=8)
+    grid = jax.tree.map(lambda x: x.astype(jnp.bfloat16), grid_bias(64, rows=8, cols=8))
+    where, mask, bias = {
+        "grid": (dict(bias=grid), None, spread(jax.tree.map(jnp.float32, grid))),
+        "buckets": (
+            dict(bias=attention.BucketBias(table, buckets)),
+            None,
+            np.asarray(table)[:, np.asarray(buckets)][None],
+        ),
+        "padding on the left": (
+            dict(causal=True, kv_valid_bs=valid),
+            np.tri(64, dtype=bool) & np.asarray(valid)[:, None],
+            0.0,
+        ),
+    }[case]
+    assert attention.choose(q, k, **where) == "cudnn"
+    out, grads = run(q, k, v, "cudnn", where)
+    close(out.astype(jnp.float32), plain(q, k, v, mask, bias), 2e-2)
+    whole = [x.astype(jnp.float32) for x in (q, k, v)]
+    for a, b in zip(grads, run(*whole, "blocks", where)[1]):
+        assert np.linalg.norm(a.astype(jnp.float32) - b) < 2e-2 * np.linalg.norm(b)
+
+
+def numbers_like(*sizes):
+    return jnp.asarray(np.random.default_rng(4).normal(size=sizes), jnp.float32)
+
+
 def run(q, k, v, how, where):
     def loss(q, k, v):
         out = attention.attend(q, k, v, implementation=how, **where)
