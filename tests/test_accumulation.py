@@ -85,9 +85,9 @@ def of_vqgan():
     return task, {"image01": image01, "valid": COUNTS > 1}
 
 
-def of_nextchat(**fields):
-    """Rows with no location, one in the question, one and two in the answer."""
-    model = {"vision": {"preset": "tiny"}, "decoder": {"preset": "tiny"}}
+def of_nextchat(parts=("vision", "decoder"), **fields):
+    """Rows with no location, one in the question, one and two in the answer; a mask or none."""
+    model = dict.fromkeys(parts, {"preset": "tiny"})
     task, rng = nextchat.make_task(model, **fields), np.random.default_rng(4)
     cfg, kinds = task.cfg, np.arange(ROWS) % 4
     tokens = rng.integers(3, 400, (ROWS, 30)).astype(np.int32)
@@ -103,6 +103,10 @@ def of_nextchat(**fields):
         "token_valid": np.ones((ROWS, 30), bool),
         "boxes": corners.reshape(ROWS, 2, 4).astype(np.float32),
         "box_valid": np.stack([kinds > 0, kinds == 3], axis=1),
+        "sam_u8": rng.integers(0, 256, (ROWS, 128, 128, 3), np.uint8),
+        "sam_place": np.tile(np.array([0, 20, 128, 108]), (ROWS, 1)),
+        "masks": np.tile(np.tri(128, dtype=np.uint8), (ROWS, 2, 1, 1)),
+        "mask_valid": np.stack([kinds == 2, kinds == 3], axis=1),
     }
 
 
@@ -111,7 +115,7 @@ CASES = {
     "lvm": lambda: of_lvm(loss_mean="token"),
     "lvm, chunked rows": lambda: of_lvm(loss_mean="row", loss_chunk=4),
     "nxtp": of_nxtp,
-    "nextchat": of_nextchat,
+    "nextchat": lambda: of_nextchat(("vision", "decoder", "sam")),
     "nextchat, ordered boxes": lambda: of_nextchat(giou_mean="ordered"),
     "vqgan": of_vqgan,
 }
@@ -152,7 +156,13 @@ def assert_same(got, want, rtol=2e-4):
             np.testing.assert_allclose(got[1][name], value, rtol=rtol, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name.startswith("nextchat") else [])
+        for name in CASES
+    ],
+)
 def test_parts_give_what_the_whole_batch_gives(case):
     task, batch = CASES[case]()
     want = updated(task, batch, 1)

@@ -14,6 +14,7 @@ from vlm_jax.weights import readers
 
 FOLDER = pathlib.Path(__file__).parents[1] / "golden" / "nextchat"
 CFG = network.PRESETS["tiny"]
+MASKS = network.PRESETS["tiny_masks"]
 
 
 @functools.cache

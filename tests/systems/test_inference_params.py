@@ -56,7 +56,8 @@ def nxtp_batch(task):
 
 
 def nextchat_task():
-    return nextchat.make_task(dict(vision=dict(preset="tiny"), decoder=dict(preset="tiny")))
+    parts = dict.fromkeys(("vision", "decoder", "sam"), dict(preset="tiny"))
+    return nextchat.make_task(parts)
 
 
 def nextchat_batch(task):
@@ -73,13 +74,15 @@ def nextchat_batch(task):
         "token_valid": np.arange(32) < rng.integers(28, 33, (8, 1)),
         "boxes": np.sort(rng.uniform(size=(8, 3, 2, 2)), axis=2).reshape(8, 3, 4).astype("float32"),
         "box_valid": np.array([[True, i < 4, False] for i in range(8)]),
+        "sam_u8": rng.integers(0, 255, (8, 128, 128, 3), np.uint8),
+        "sam_place": np.tile(np.array([0, 20, 128, 108], np.int32), (8, 1)),
     }
 
 
 SYSTEMS = {
     "lvm": (lvm_task, lvm_batch, "continue"),
     "nxtp": (nxtp_task, nxtp_batch, "one_shot"),
-    "nextchat": (nextchat_task, nextchat_batch, "boxes"),
+    "nextchat": (nextchat_task, nextchat_batch, "masks"),
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.systems import nextchat_golden as golden
-from vlm_jax.models import clip
+from vlm_jax.models import clip, sam
 from vlm_jax.nn import functional
 from vlm_jax.program import sharding
 from vlm_jax.systems.nextchat import network
@@ -110,6 +110,36 @@ def test_forced_answers_give_the_boxes_of_the_reference(io):
     golden.close(module.box_decoder(states)[:, 0], io["rec_locs"])
 
 
+def test_masks_of_the_reference(io):
+    """Two rows of one location each, from their states on; and both in one row of one image."""
+    cfg = golden.MASKS
+    tokens = io["seg_input_ids"].astype(np.int32)
+    boxes = io["seg_loc_inputs"][:, None]
+    x = golden.call("inputs", tokens, golden.channels_last(io["seg_images"]), boxes, cfg=cfg)
+    hidden = golden.call("hidden", x, io["seg_attention_mask"] > 0, cfg=cfg)
+    module = network.make(cfg).bind(golden.params(cfg))
+    states, valid = module.locations(hidden, tokens, 1)
+    assert np.all(valid)
+    encoding = golden.call("encode_for_masks", golden.channels_last(io["seg_images_sam"]), cfg=cfg)
+    found = module.box_decoder(states)
+    logits, iou = golden.call("masks", encoding, states, found, cfg=cfg)
+    golden.close(logits, io["seg_low_res"], scale=1e-3)
+    golden.close(iou, io["seg_iou_pred"], scale=1e-3)
+    golden.close(sam.upsample(logits, 128), io["seg_pred_masks"], scale=1e-3)
+
+
+def test_several_masks_of_one_image(io):
+    """What generation gave for one image with two locations: boxes, masks, estimates."""
+    cfg = golden.MASKS
+    states = jnp.asarray(io["gen_at_hidden"])[None]
+    boxes = network.make(cfg).bind(golden.params(cfg)).box_decoder(states)
+    golden.close(boxes[0], io["gen_locs"])
+    encoding = golden.call("encode_for_masks", golden.channels_last(io["gen_images_sam"]), cfg=cfg)
+    logits, iou = golden.call("masks", encoding, states, boxes, cfg=cfg)
+    golden.close(sam.upsample(logits, 128)[0], io["gen_masks"][:, 0], scale=1e-3)
+    golden.close(iou[0], io["gen_iou"][:, 0], scale=1e-3)
+
+
 def test_a_row_without_its_image_does_not_shift_the_others(io, batch):
     tokens, images, boxes, valid = batch
     text = tokens.copy()
@@ -180,6 +210,17 @@ def test_sizes_of_the_released_model():
     }
 
 
+def test_sizes_of_the_released_model_with_masks():
+    parts = network.make(network.PRESETS["7b_336_masks"]).abstract()
+    assert sizes(parts["mask_prompt"]) == 20_976_640
+    assert {name: sizes(tree) for name, tree in parts["sam"].items()} == {
+        "image_encoder": 637_026_048,
+        "prompt_encoder": 6_220 + 256,  # a buffer of 256 numbers besides
+        "mask_decoder": 4_058_340,
+    }
+    assert sizes(parts) == 7_741_812_788 + 256
+
+
 def test_start_values():
     params = network.make(CFG).init(jax.random.key(0))
     kernel = np.asarray(params["box_decoder"]["layers"]["0"]["kernel"])
@@ -192,7 +233,7 @@ def test_start_values():
 
 
 def test_every_parameter_has_a_rule_and_every_rule_a_parameter():
-    abstract = network.make(CFG).abstract()
+    abstract = network.make(golden.MASKS).abstract()
     sharding.match(network.SHARDING_RULES, abstract)
     paths = list(functional.flatten(abstract))
     unused = [rule for rule, _ in network.SHARDING_RULES

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.systems import nextchat_golden as golden
-from vlm_jax.models import clip
+from vlm_jax.models import clip, sam
 from vlm_jax.nn import functional
 from vlm_jax.ops import losses
 from vlm_jax.program import config as config_lib
@@ -23,10 +23,10 @@ CFG = golden.CFG
 MODEL = dict(vision=dict(preset="tiny"), decoder=dict(preset="tiny"))
 
 
-def as_u8(images):
+def as_u8(images, mean, std, largest=255):
     """The photos of normalised images."""
-    pixels = golden.channels_last(images) * np.float32(clip.STD) + np.float32(clip.MEAN)
-    return np.rint(pixels * 255).astype(np.uint8)
+    pixels = golden.channels_last(images) * np.array(std) + np.array(mean)
+    return np.rint(pixels * largest).astype(np.uint8)
 
 
 def training_batch(num_slots=4):
@@ -38,13 +38,35 @@ def training_batch(num_slots=4):
     boxes, valid = golden.boxes_of_rows(io["train_loc_inputs"][: counts.sum()], counts)
     short = ((0, 0), (0, num_slots - boxes.shape[1]))
     return {
-        "image_u8": as_u8(io["train_images"][:5]),
+        "image_u8": as_u8(io["train_images"][:5], clip.MEAN, clip.STD),
         "tokens": tokens,
         "targets": np.maximum(labels, 0).astype(np.int32),
         "weights": (labels != -100).astype(np.float32),
         "token_valid": io["train_attention_mask"][:5] > 0,
         "boxes": np.pad(boxes, (*short, (0, 0))),
         "box_valid": np.pad(valid, short),
+    }
+
+
+def mask_batch():
+    """The reference's two rows of stage 3."""
+    io = golden.io()
+    tokens = io["seg_input_ids"].astype(np.int32)
+    labels = np.pad(io["seg_labels"][:, 1:], ((0, 0), (0, 1)), constant_values=-100)
+    sizes = np.floor(io["seg_img_size"] * 128 / io["seg_img_size"].max(1, keepdims=True) + 0.5)
+    (y0, x0), (h, w) = ((128 - sizes) // 2).T, sizes.T
+    return {
+        "image_u8": as_u8(io["seg_images"], clip.MEAN, clip.STD),
+        "tokens": tokens,
+        "targets": np.maximum(labels, 0).astype(np.int32),
+        "weights": (labels != -100).astype(np.float32),
+        "token_valid": io["seg_attention_mask"] > 0,
+        "boxes": io["seg_loc_inputs"][:, None],
+        "box_valid": np.ones((2, 1), bool),
+        "sam_u8": as_u8(io["seg_images_sam"], sam.MEAN, sam.STD, 1),
+        "sam_place": np.stack([x0, y0, x0 + w, y0 + h], axis=1).astype(np.int32),
+        "masks": io["seg_masks_sam"].astype(np.uint8),  # the sum of polygons: up to 2
+        "mask_valid": np.ones((2, 1), bool),
     }
 
 
@@ -63,7 +85,8 @@ def task():
 
 
 def learned_and_frozen(stage=1):
-    return optim.split(golden.params(), task_lib.TRAINED[stage])
+    cfg = golden.MASKS if stage == 3 else CFG
+    return optim.split(golden.params(cfg), task_lib.TRAINED[stage])
 
 
 def value_and_grad(task, batch, stage=1):
@@ -82,9 +105,9 @@ def value_and_grad(task, batch, stage=1):
     return terms, metrics, grads
 
 
-def in_their_form(grads):
+def in_their_form(grads, cfg=CFG):
     """Gradients under the reference's names."""
-    tree = {path: np.zeros_like(x) for path, x in functional.flatten(golden.params()).items()}
+    tree = {path: np.zeros_like(x) for path, x in functional.flatten(golden.params(cfg)).items()}
     tree |= {path: np.asarray(x) for path, x in grads.items()}
     return {name: load() for name, load in weights.to_upstream(functional.unflatten(tree)).items()}
 
@@ -125,6 +148,157 @@ def test_what_stages_1_and_2_train_is_what_the_reference_trains():
     ones = {path: np.ones_like(x) for path, x in learned_and_frozen()[0].items()}
     names = {name for name, x in in_their_form(ones).items() if np.any(x)}
     assert names == set(golden.texts()["trainable_stage12"])
+
+
+STAGE3 = dict(text_weight=0.0, l1_weight=0.0, giou_weight=0.0, cycle_weight=0.0)
+MASKS = MODEL | dict(sam=dict(preset="tiny"))
+
+
+@pytest.fixture(scope="module")
+def of_masks():
+    task = task_lib.make_task(MASKS, **STAGE3, masks_per_device=2)
+    return task, *value_and_grad(task, mask_batch(), stage=3)
+
+
+def test_every_loss_of_stage_3(of_masks):
+    io, terms, metrics = golden.io(), *of_masks[1:3]
+    assert {name: term.scale for name, term in terms.items()} == {
+        "mask_focal": 20, "mask_dice": 1, "mask_iou": 1,
+    }  # fmt: skip
+    for name, expected in (
+        ("mask_focal", 20 * io["seg_loss_focal_each"].sum()),
+        ("mask_dice", io["seg_loss_dice_each"].sum()),
+        ("mask_iou", io["seg_loss_iou"]),
+    ):
+        assert float(terms[name].mean) == pytest.approx(float(expected), rel=1e-4), name
+    assert float(losses.value(terms)) == pytest.approx(float(io["seg_loss_total"]), rel=1e-4)
+    overlap = float(metrics["mask_overlap"].mean)
+    assert overlap == pytest.approx(float(io["seg_true_iou"].mean()), rel=1e-4)
+
+
+def test_gradients_of_stage_3(of_masks):
+    theirs = in_their_form(of_masks[3], golden.MASKS)
+    compared = {key.removeprefix("seg_grad__"): x for key, x in golden.io().items()
+                if key.startswith("seg_grad__")}  # fmt: skip
+    assert len(compared) == 6
+    for name, expected in compared.items():
+        bound = 1e-3 * np.abs(expected).max()
+        np.testing.assert_allclose(theirs[name], expected, rtol=0, atol=bound, err_msg=name)
+    norms = golden.texts()["seg_grad_l2_norms"]
+    assert len(norms) == 124
+    largest = max(norm for norm in norms.values() if norm)
+    for name, norm in norms.items():  # None: in no graph, as the heads of masks 1 to 3
+        found = np.linalg.norm(theirs[name])
+        assert found == pytest.approx(norm or 0, rel=2e-3, abs=1e-6 * largest), name
+
+
+def test_what_stage_3_trains_is_what_the_reference_trains():
+    ones = {path: np.ones_like(x) for path, x in learned_and_frozen(3)[0].items()}
+    names = {name for name, x in in_their_form(ones, golden.MASKS).items() if np.any(x)}
+    assert names == set(golden.texts()["trainable_stage3"])
+    abstract = network.make(network.PRESETS["7b_336_masks"]).abstract()
+    learned, _ = optim.split(abstract, task_lib.TRAINED[3])
+    assert sum(x.size for x in learned.values()) == 25_034_980
+
+
+def test_masks_by_the_number_in_the_batch_as_released(of_masks):
+    counted = task_lib.make_task(MASKS, **STAGE3, masks_per_device=0)
+    terms, _, _ = value_and_grad(counted, mask_batch(), stage=3)
+    for name, term in terms.items():
+        assert float(term.mean) == pytest.approx(float(of_masks[1][name].mean), rel=1e-5), name
+
+
+def both_in_one_row():
+    """A row whose answer has two locations with a mask each, and the same as two rows of one."""
+    two = mask_batch()
+    token = {key: two[key][:1].copy() for key in two}
+    place = int(np.flatnonzero(token["tokens"][0] == CFG.at_id)[0])
+    for key, extra in (("tokens", [CFG.at_id, CFG.boxes_id]), ("targets", None),
+                       ("weights", None), ("token_valid", None)):  # fmt: skip
+        row = token[key][0]
+        middle = row[place : place + 2] if extra is None else extra
+        token[key] = np.concatenate([row[: place + 2], middle, row[place + 2 :]])[None][
+            :, : row.size
+        ]
+    token["targets"] = np.roll(token["tokens"], -1, axis=1)
+    token["boxes"] = two["boxes"].reshape(1, 2, 4)
+    token["box_valid"] = token["mask_valid"] = np.ones((1, 2), bool)
+    token["masks"] = two["masks"].reshape(1, 2, 128, 128) > 0
+    return token
+
+
+def test_several_masks_of_one_image_train_together():
+    """Each location has its loss; the other's mask being there or not changes nothing."""
+    task, batch = task_lib.make_task(MASKS, **STAGE3), both_in_one_row()
+    task.check_batch(batch)
+
+    def alone(k):
+        valid = np.arange(2)[None] == k
+        terms, _, _ = value_and_grad(task, dict(batch, mask_valid=valid), stage=3)
+        return terms
+
+    terms, _, grads = value_and_grad(task, batch, stage=3)
+    parts = [alone(0), alone(1)]
+    for name, term in terms.items():
+        assert float(term.weight) == 2
+        totals = [float(part[name].total) for part in parts]
+        assert float(term.total) == pytest.approx(sum(totals), rel=1e-4), name
+        assert totals[0] != pytest.approx(totals[1], rel=1e-3)  # two masks, two losses
+    assert all(np.all(np.isfinite(x)) for x in grads.values())
+
+
+def test_words_boxes_and_masks_in_one_batch_are_the_tasks_apart(batch):
+    """Rows of stages 1 and 2, which have no masks, beside those of stage 3."""
+    task = task_lib.make_task(MASKS)
+    masks = mask_batch()
+    length, slots = batch["tokens"].shape[1], batch["boxes"].shape[1]
+    wide = {key: np.pad(masks[key], ((0, 0), (0, length - masks[key].shape[1])))
+            for key in ("tokens", "targets", "weights", "token_valid")}  # fmt: skip
+    wide["boxes"] = np.pad(masks["boxes"], ((0, 0), (0, slots - 1), (0, 0)))
+    wide["box_valid"] = np.pad(masks["box_valid"], ((0, 0), (0, slots - 1)))
+    third = {**masks, **wide}
+    shape = {key: (5, *x.shape[1:]) for key, x in third.items()}
+    first = {key: batch.get(key, np.zeros(shape[key], x.dtype)) for key, x in third.items()}
+    mixed = {key: np.concatenate([first[key], third[key]]) for key in third}
+
+    def sums(batch):
+        terms, _ = jax.jit(lambda params: task.loss(params, batch, None))(
+            golden.params(golden.MASKS)
+        )
+        return {name: (float(term.total), float(term.weight)) for name, term in terms.items()}
+
+    together, apart = sums(mixed), (sums(first), sums(third))
+    assert len(together) == 8
+    for name, (total, weight) in together.items():
+        assert weight == apart[0][name][1] + apart[1][name][1] > 0
+        assert total == pytest.approx(apart[0][name][0] + apart[1][name][0], rel=1e-4), name
+    assert apart[0]["mask_dice"] == (0, 0)
+
+
+def test_predicted_masks_in_both_layouts():
+    task, batch, io = task_lib.make_task(MASKS), mask_batch(), golden.io()
+    params = golden.params(golden.MASKS)
+    for layout in (params, task.inference_params(params)):
+        found = jax.jit(task.predict["masks"])(layout, batch, None)
+        golden.close(found["mask_logits"], io["seg_low_res"], scale=1e-3)
+        golden.close(found["mask_iou"], io["seg_iou_pred"], scale=1e-3)
+    assert "masks" not in task_lib.make_task(MODEL).predict
+
+
+def test_batches_with_masks_are_looked_at():
+    task, batch = task_lib.make_task(MASKS), mask_batch()
+    with pytest.raises(config_lib.ConfigError, match="values up to 2"):
+        task.check_batch(batch)
+    batch["masks"] = np.minimum(batch["masks"], 1)
+    task.check_batch(batch)
+    more = dict(batch, mask_valid=np.ones((2, 3), bool), masks=np.repeat(batch["masks"], 3, 1))
+    with pytest.raises(config_lib.ConfigError, match="3 masks and 1 locations in its answer"):
+        task.check_batch(more)
+    empty = dict(batch, masks=0 * batch["masks"])
+    with pytest.raises(config_lib.ConfigError, match="a mask of the first batch is empty"):
+        task.check_batch(empty)
+    with pytest.raises(config_lib.ConfigError, match=r"images of \(64, 64\)"):
+        task.check_batch(dict(batch, sam_u8=batch["sam_u8"][:, ::2, ::2]))
 
 
 def test_chunks_of_logits_change_nothing(trained, batch):
@@ -233,7 +407,9 @@ def test_images_of_another_size_are_refused(task, batch):
     (dict(vision=dict(preset="l15"), decoder=dict(preset="tiny")), {}, "model.vision.preset='l15'"),
     (MODEL | dict(projector_depth=0), {}, "projector_depth 0"),
     (MODEL, dict(giou_mean="all"), "task.giou_mean='all'"),
+    (MODEL | dict(sam=dict(preset="vit_x")), {}, "model.sam.preset='vit_x'"),
     (MODEL, dict(cycle_weight=-1.0), "cycle_weight"),
+    (MODEL, dict(masks_per_device=-1), "masks_per_device"),
     (MODEL, dict(text_weight=0.0, l1_weight=0.0, giou_weight=0.0, cycle_weight=0.0), "all weights"),
 ])  # fmt: skip
 def test_impossible_tasks(model, fields, message):
@@ -248,23 +424,27 @@ def test_presets_are_what_a_recipe_makes(task):
 # Compiles an update of the released size on 8 devices, allocating nothing; in a process of its own
 # because the partitioner complains on the file descriptor of stderr.
 COMPILE = """
-import dataclasses
+import dataclasses, sys
 import jax, jax.numpy as jnp
 from vlm_jax.ops import partition
 from vlm_jax.program import optim, run, sharding, train
 from vlm_jax.systems.nextchat import network, task as task_lib
 
-released, rows, length = network.PRESETS["7b_336"], 8, 768
+stage, rows, length = int(sys.argv[1]), 8, 768
+released = network.PRESETS["7b_336_masks"]
+fast = dict(dtype="bfloat16")
 cfg = dataclasses.replace(
     released,
-    vision=dataclasses.replace(released.vision, dtype="bfloat16", depth=4),
-    decoder=dataclasses.replace(released.decoder, dtype="bfloat16", remat="full"),
+    vision=dataclasses.replace(released.vision, depth=4, **fast),
+    decoder=dataclasses.replace(released.decoder, remat="full", **fast),
+    sam=dataclasses.replace(released.sam, depth=3, global_blocks=(1,), **fast),
 )
-task = task_lib.NextChatTask(cfg, loss_chunk=256)
+off = dict.fromkeys(("text_weight", "l1_weight", "giou_weight", "cycle_weight"), 0.0)
+task = task_lib.NextChatTask(cfg, loss_chunk=256, **(off if stage == 3 else {}))
 mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
 recipe = run.Recipe(system="nextchat", model={}, data=None,
                     train=train.TrainConfig(steps=10, batch_size=rows),
-                    optim=optim.OptimConfig(trainable=task_lib.TRAINED[1]))
+                    optim=optim.OptimConfig(trainable=task_lib.TRAINED[stage]))
 optimizer = optim.make_optimizer(recipe.optim, 10)
 state = jax.eval_shape(lambda: train.init_state(task, optimizer, recipe, jax.random.key(0)))
 shardings = train.state_shardings(mesh, task, state)
@@ -272,6 +452,8 @@ shapes = dict(
     image_u8=((336, 336, 3), "uint8"), tokens=((length,), "int32"), targets=((length,), "int32"),
     weights=((length,), "float32"), token_valid=((length,), "bool"),
     boxes=((4, 4), "float32"), box_valid=((4,), "bool"),
+    sam_u8=((1024, 1024, 3), "uint8"), sam_place=((4,), "int32"),
+    masks=((2, 1024, 1024), "uint8"), mask_valid=((2,), "bool"),
 )
 batch = {key: jax.ShapeDtypeStruct((rows, *shape), dtype) for key, (shape, dtype) in shapes.items()}
 everywhere = sharding.replicated(mesh)
@@ -285,12 +467,14 @@ print("compiled")
 
 
 @pytest.mark.slow
-def test_no_involuntary_rematerialization():
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_no_involuntary_rematerialization(stage):
+    """Of all losses together in stage 1."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION_CACHE")}
     env["TF_CPP_MIN_LOG_LEVEL"] = "0"
     out = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=900, env=env,
-        cwd=pathlib.Path(__file__).parents[2],
+        [sys.executable, "-c", COMPILE, stage], capture_output=True, text=True, timeout=900,
+        env=env, cwd=pathlib.Path(__file__).parents[2],
     )  # fmt: skip
     assert "compiled" in out.stdout, out.stderr[-3000:]
     assert not re.search("involuntary full remat", out.stderr, re.IGNORECASE), out.stderr

@@ -17,7 +17,7 @@ from vlm_jax.program import config as config_lib
 from vlm_jax.systems import nextchat
 from vlm_jax.systems.nextchat import network, upstream, weights
 from vlm_jax.tools import convert_weights
-from vlm_jax.weights import clip, convert, errors, export, lazy, llama, readers
+from vlm_jax.weights import clip, convert, errors, export, lazy, llama, readers, sam
 
 CFG = golden.CFG
 OF_MASKS = ("sam.", "seg_prompt_mlp.")
@@ -40,9 +40,8 @@ def abstract(cfg=CFG):
 def test_every_tensor_of_the_released_layout_is_accounted_for():
     theirs = golden.tensors()
     assert len(theirs) == 282
-    made = weights.to_upstream(golden.params())
-    left = set(theirs) - set(made)
-    assert {name for name in left if not name.startswith(OF_MASKS)} == {
+    made = weights.to_upstream(golden.params(golden.MASKS))
+    assert set(theirs) - set(made) == {
         f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(2)
     }
     for name, load in made.items():
@@ -50,9 +49,9 @@ def test_every_tensor_of_the_released_layout_is_accounted_for():
 
 
 def test_names_and_shapes_of_the_released_model():
-    """Without SAM."""
-    shapes = convert.reverted_shapes(abstract(network.PRESETS["7b_336"]), weights.rules())
-    assert len(shapes) == 3 + 32 * 9 + (5 + 2 + 24 * 16) + 4 + 4 + 4
+    """All of 1,324 but the angles of 32 layers."""
+    shapes = weights.shapes_of(abstract(network.PRESETS["7b_336_masks"]))
+    assert len(shapes) == 1324 - 32
     for name, shape in {
         "model.embed_tokens.weight": (32005, 4096),
         "lm_head.weight": (32005, 4096),
@@ -70,6 +69,25 @@ def test_names_and_shapes_of_the_released_model():
         "loc_encoder.2.weight": (4096, 2048),
         "loc_decoder.0.weight": (2048, 4096),
         "loc_decoder.2.bias": (4,),
+        "seg_prompt_mlp.0.weight": (4096, 4096),
+        "seg_prompt_mlp.2.weight": (1024, 4096),
+        "sam.model.image_encoder.pos_embed": (1, 64, 64, 1280),
+        "sam.model.image_encoder.patch_embed.proj.weight": (1280, 3, 16, 16),
+        "sam.model.image_encoder.blocks.30.attn.qkv.weight": (3840, 1280),
+        "sam.model.image_encoder.blocks.30.attn.rel_pos_w": (27, 80),
+        "sam.model.image_encoder.blocks.31.attn.rel_pos_h": (127, 80),
+        "sam.model.image_encoder.neck.2.weight": (256, 256, 3, 3),
+        "sam.model.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": (2, 128),
+        "sam.model.prompt_encoder.point_embeddings.3.weight": (1, 256),
+        "sam.model.prompt_encoder.mask_downscaling.6.weight": (256, 16, 1, 1),
+        "sam.model.mask_decoder.mask_tokens.weight": (4, 256),
+        "sam.model.mask_decoder.transformer.layers.1.cross_attn_image_to_token.q_proj.weight": (
+            128,
+            256,
+        ),
+        "sam.model.mask_decoder.output_upscaling.0.weight": (256, 64, 2, 2),
+        "sam.model.mask_decoder.output_hypernetworks_mlps.3.layers.2.weight": (32, 256),
+        "sam.model.mask_decoder.iou_prediction_head.layers.2.bias": (4,),
     }.items():
         assert shapes[name] == shape, name
 
@@ -102,11 +120,18 @@ def test_unknown_tensors_are_named():
 
 
 def test_stages_1_and_2_have_neither_tower_nor_sam():
-    found = weights.from_tensors(without("model.vision_tower.", *OF_MASKS), abstract())
+    stage2 = without("model.vision_tower.", *OF_MASKS)
+    found = weights.from_tensors(stage2, abstract(golden.MASKS))
     assert sorted(found) == ["box_decoder", "box_encoder", "decoder", "projector"]
     np.testing.assert_array_equal(
         found["decoder"]["embed"]["table"], golden.params()["decoder"]["embed"]["table"]
     )
+
+
+def test_a_model_without_masks_leaves_those_of_the_file():
+    assert sorted(weights.from_tensors(golden.tensors(), abstract())) == [
+        "box_decoder", "box_encoder", "decoder", "projector", "vision",
+    ]  # fmt: skip
 
 
 def clip_file(tmp_path, layout):
@@ -173,7 +198,11 @@ def test_export_and_import(tmp_path, dtype):
 
 def test_sizes_come_from_the_files(tmp_path):
     tensors = readers.read(golden.FOLDER / "checkpoint.safetensors")
-    assert weights.config_of(tensors, golden.FOLDER) == CFG
+    sizes = weights.config_of(tensors, golden.FOLDER)
+    # Neither the default of an MLP's width nor the heads of the mask decoder show in shapes.
+    masks = dataclasses.replace(golden.MASKS.sam, mlp_width=192, decoder_heads=1)
+    assert sizes == dataclasses.replace(CFG, sam=masks)
+    assert weights.config_of(without(*OF_MASKS), golden.FOLDER) == CFG
     with pytest.raises(errors.WeightsError, match="no image tower"):
         weights.config_of(without("model.vision_tower."), golden.FOLDER)
     shutil.copy(golden.FOLDER / "config.json", tmp_path)
@@ -287,7 +316,21 @@ def test_the_conversion_command(tmp_path, capsys):
     assert convert_weights.main([*flags, "--format=upstream"]) == 0
     report = capsys.readouterr().out
     assert "282 tensors, upstream layout, float32" in report and "inv_freq" in report
-    back = weights.from_tensors(weights.read(tmp_path / "out"), abstract())
-    jax.tree.map(np.testing.assert_array_equal, back, golden.params())
+    back = weights.from_tensors(weights.read(tmp_path / "out"), abstract(golden.MASKS))
+    jax.tree.map(np.testing.assert_array_equal, back, golden.params(golden.MASKS))
     assert convert_weights.main([*flags, "--format=hf"]) == 1
     assert "has no --format=hf" in capsys.readouterr().err
+
+
+def test_stage_3_takes_sam_from_its_own_file(tmp_path):
+    params = golden.params(golden.MASKS)["sam"]
+    tensors = {name: load() for name, load in sam.to_meta(params).items()}
+    shapes = {name: x.shape for name, x in tensors.items()}
+    loaders = {name: (lambda x=x: x) for name, x in tensors.items()}
+    written = export.Checkpoint(loaders, shapes, np.dtype("float32"), "sam", {}, {})
+    export.write_file(tmp_path / "sam.safetensors", written)
+    task = nextchat.make_task(MODEL | dict(sam=dict(preset="tiny")))
+    found = nextchat.load_upstream(f"sam={tmp_path / 'sam.safetensors'}", task)
+    jax.tree.map(np.testing.assert_array_equal, found, {"sam": params})
+    with pytest.raises(config_lib.ConfigError, match="the model makes no masks"):
+        nextchat.load_upstream(f"sam={tmp_path / 'sam.safetensors'}", nextchat.make_task(MODEL))

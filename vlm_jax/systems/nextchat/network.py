@@ -2,7 +2,10 @@
 
     image ─ CLIP, all blocks but one ─ projector ─┐ <im_patch>
     tokens ───────────────── embed ───────────────┼─ LLaMA ─ hidden ─┬─ head ─ logits
-    boxes ────────────────── box_encoder ─────────┘ <boxes>          └─ of <at>: box_decoder ─ boxes
+    boxes ────────────────── box_encoder ─────────┘ <boxes>          │
+                                             <at> ┌──────────────────┤
+                                     mask_prompt ─┤    box_decoder ──┴─ boxes
+    image ─ SAM's image encoder ─ SAM's mask decoder ─ masks
 
 Zhang et al., arXiv 2311.04498, sec. 3. The model says `<at>` where it wants to show something; the
 hidden state there is a location, which `box_decoder` turns into a box. The token behind it is
@@ -12,6 +15,10 @@ one in training, of the user's for a region in a question, of the one just decod
 Boxes are (x0, y0, x1, y1) as fractions of the side of the image's padded square; what the decoder
 gives may leave 0..1 and have its corners reversed. A row has a fixed number of locations with a
 validity each (`ops.slots`), so rows do not depend on one another.
+
+A mask is SAM's, prompted with four tokens made of the location and the two corners of its box. An
+image is encoded once, whatever the number of its locations. Without `cfg.sam` there are no masks:
+stages 1 and 2.
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from vlm_jax.models import clip, llama
+from vlm_jax.models import sam as sam_lib
 from vlm_jax.nn import functional, linear
 from vlm_jax.ops import slots
 
@@ -40,11 +48,15 @@ class NextChatConfig:
       vision: of the image tower; what its last block and norm would make is not read.
       decoder: of the language model; `vocab_size` counts the added tokens.
       projector_depth: matrices between the tower and the language model.
+      sam: of the part that makes masks; None has none.
+      num_prompt_tokens: tokens that prompt a mask besides the box.
     """
 
     vision: clip.VisionConfig
     decoder: llama.LlamaConfig
     projector_depth: int = 2
+    sam: sam_lib.SamConfig | None = None
+    num_prompt_tokens: int = 4
 
     def __post_init__(self):
         if self.vision.projection:
@@ -63,6 +75,8 @@ class NextChatConfig:
             )
         if self.projector_depth < 1:
             raise ValueError(f"projector_depth {self.projector_depth} must be at least 1")
+        if self.num_prompt_tokens < 1:
+            raise ValueError(f"num_prompt_tokens {self.num_prompt_tokens} must be at least 1")
 
     @property
     def num_image(self) -> int:
@@ -116,9 +130,12 @@ VISIONS = {
     **clip.VISION_PRESETS,
     "tiny": clip.VisionConfig(32, 3, 14, 56, num_heads=4, mlp_width=64),
 }
+SAMS = sam_lib.PRESETS
 PRESETS = {
     "7b_336": NextChatConfig(VISIONS["l14_336"], DECODERS["vicuna_7b"]),
+    "7b_336_masks": NextChatConfig(VISIONS["l14_336"], DECODERS["vicuna_7b"], sam=SAMS["vit_h"]),
     "tiny": NextChatConfig(VISIONS["tiny"], DECODERS["tiny"]),
+    "tiny_masks": NextChatConfig(VISIONS["tiny"], DECODERS["tiny"], sam=SAMS["tiny"]),
 }
 
 
@@ -126,7 +143,8 @@ PRESETS = {
 _HEAD_RULES = (
     (r"^projector/layers/\d+/kernel$", P("fsdp", "tensor")),
     (r"^box_(encoder|decoder)/layers/\d+/kernel$", P()),
-    (r"^(projector|box_encoder|box_decoder)/layers/\d+/bias$", P()),
+    (r"^(projector|box_encoder|box_decoder|mask_prompt)/layers/\d+/bias$", P()),
+    (r"^mask_prompt/layers/\d+/kernel$", P("fsdp", "tensor")),
 )
 
 
@@ -134,7 +152,11 @@ def _under(part, rules):
     return tuple((rule.replace("^", f"^{part}/", 1), spec) for rule, spec in rules)
 
 
-_TOWER_RULES = (*_under("vision", clip.SHARDING_RULES), *_HEAD_RULES)
+_TOWER_RULES = (
+    *_under("vision", clip.SHARDING_RULES),
+    *_under("sam", sam_lib.SHARDING_RULES),
+    *_HEAD_RULES,
+)
 SHARDING_RULES = (*_TOWER_RULES, *_under("decoder", llama.SHARDING_RULES))
 INFERENCE_RULES = (*_TOWER_RULES, *_under("decoder", llama.DECODE_SHARDING_RULES))
 
@@ -154,6 +176,10 @@ class NextChat(nnx.Module):
         dtypes["dtype"] = "float32"
         self.box_encoder = Perceptron(rngs, (4, half, width), "relu", **dtypes)
         self.box_decoder = Perceptron(rngs, (width, half, 4), "relu", **dtypes)
+        if cfg.sam:
+            sizes = (width, width, cfg.num_prompt_tokens * cfg.sam.prompt_width)
+            self.mask_prompt = Perceptron(rngs, sizes, "relu", torch_start=True, **dtypes)
+            self.sam = sam_lib.Sam(cfg.sam, rngs)
 
     def image_features(self, image_byxc):
         """float[B, S, S, 3], normalised -> x_bpc of the patches before the tower's last block.
@@ -209,6 +235,32 @@ class NextChat(nnx.Module):
         """(states float32 at `<at>` as input [B, K, D], valid_bk), K = num_slots, left to right."""
         states_bkd, valid_bk = slots.take(hidden_btd, tokens_bt == self.cfg.at_id, num_slots)
         return states_bkd.astype(jnp.float32), valid_bk
+
+    def encode_for_masks(self, image_byxc):
+        """float[B, S, S, 3], `sam.normalize`d -> the encoding of each image, once for all masks.
+
+        Without gradients: SAM's image encoder is never trained.
+        """
+        return jax.lax.stop_gradient(self.sam.encode(image_byxc))
+
+    def masks(self, encoding_byxd, states_bkd, boxes_bkx):
+        """A mask for every location.
+
+        Args:
+          encoding_byxd: of `encode_for_masks`.
+          states_bkd: float32, of `locations`.
+          boxes_bkx: float32[B, K, 4], what `box_decoder` made of them.
+
+        Returns:
+          (logits float32[B, K, Y, X] of a quarter of SAM's side, above 0 is inside; iou
+          float32[B, K], SAM's estimate of how good a mask is).
+        """
+        b, k, _ = states_bkd.shape
+        own_bkpd = self.mask_prompt(states_bkd).reshape(b, k, self.cfg.num_prompt_tokens, -1)
+        corners_bkpd = self.sam.prompt_encoder.boxes(boxes_bkx * self.cfg.sam.image_size)
+        prompts_bkpd = jnp.concatenate([own_bkpd, corners_bkpd], axis=2)
+        logits_bkmyx, iou_bkm = self.sam.masks(encoding_byxd, prompts_bkpd)
+        return logits_bkmyx[:, :, 0], iou_bkm[:, :, 0]
 
 
 class Perceptron(nnx.Module):

