@@ -12,7 +12,7 @@ ships in the package, which knows no bright colours.
 
 `:tokenizer` trains the shipped tokenizer on, at 32 pixels and on these scenes.
 `:anneal` lowers the learning rate of weights that were trained at a high one down to 0, on a CPU:
-`--config.init.upstream=FOLDER` says which. The model that ships in the package is one of these.
+`--config.init.upstream=FOLDER` says which; `tiny`, the shipped one, is trained to the end already.
 `:tiny` is for a CPU: it shows that everything runs, in a minute, and learns little.
 
 Scored on scenes of things and grounds, and palettes, that training never has:

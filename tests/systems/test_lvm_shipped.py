@@ -26,7 +26,7 @@ def asked(demo_data, answer, count, **queries):
 
 @pytest.mark.slow
 def test_marks_things_better_than_a_copy_of_the_query(model, demo_data):
-    """IoU .35 over the 64 scenes of docs/lvm_evidence.md, where a copy has .15; aimed at: .5."""
+    """IoU .69 over the 64 scenes of docs/lvm_evidence.md, where a copy has .15."""
     pairs, queries, true = asked(demo_data, "mask", 32, type="demo_scenes")
     made = np.concatenate(model.analogy(pairs, queries, temperature=0))[:, 0]
     assert made.shape == true.shape == (32, 32, 32, 3) and made.dtype == np.uint8
@@ -34,7 +34,7 @@ def test_marks_things_better_than_a_copy_of_the_query(model, demo_data):
     def iou(pictures_u8):
         return masks.iou(images.to01(pictures_u8).mean(-1) > 0.5, true[..., 0] > 0).mean()
 
-    assert iou(made) > max(0.25, 1.5 * iou(np.stack(queries)))
+    assert iou(made) > max(0.5, 3 * iou(np.stack(queries)))
     again = np.concatenate(model.analogy(pairs[:4], queries[:4], temperature=0, seed=7))[:, 0]
     np.testing.assert_array_equal(again, made[:4])
 
@@ -46,4 +46,4 @@ def test_colours_by_example_better_than_a_copy(model, demo_data):
     def mse(pictures_u8):
         return np.square(images.to01(pictures_u8) - images.to01(true)).mean()
 
-    assert mse(made) < 0.5 * mse(np.stack(queries))
+    assert mse(made) < 0.25 * mse(np.stack(queries))
