@@ -84,8 +84,8 @@ def _two_way(norm: str) -> tuple[convert.Rule, ...]:
         rules += _norm(f"{layer}norms/{i}", f"{name}{norm}{i + 1}")
     return (
         *rules,
-        *_pair(layer + "up", name + "mlp.lin1", _LINEAR),
-        *_pair(layer + "down", name + "mlp.lin2", _LINEAR),
+        *_pair(layer + "mlp/up", name + "mlp.lin1", _LINEAR),
+        *_pair(layer + "mlp/down", name + "mlp.lin2", _LINEAR),
     )
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 
 from vlm_jax.models.sam.config import SamConfig
-from vlm_jax.nn import conv, linear, norms
+from vlm_jax.nn import attention as layers
+from vlm_jax.nn import conv, mlp, norms, patches
 from vlm_jax.ops import attention, matmul, partition
 
 
@@ -26,7 +27,8 @@ class ImageEncoder(nnx.Module):
     def __init__(self, cfg: SamConfig, rngs: nnx.Rngs):
         self.cfg = cfg
         size, dtype = cfg.patch_size, cfg.param_dtype
-        self.patches = Conv(rngs, (size, size, 3, cfg.width), dtype)
+        fields = dict(bias=True, param_dtype=dtype)
+        self.patches = patches.PatchEmbed(rngs, size, cfg.width, **fields)
         grid = (cfg.grid, cfg.grid, cfg.width)
         self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), grid, dtype))
         self.blocks = nnx.List(
@@ -49,7 +51,7 @@ class ImageEncoder(nnx.Module):
                 f"images of {list(image_byxc.shape[1:])}, but SAM takes {[side, side, 3]}: "
                 "positions are learned for one size"
             )
-        x_byxd = self.patches(image_byxc.astype(self.cfg.dtype), stride=self.cfg.patch_size)
+        x_byxd = self.patches(image_byxc.astype(self.cfg.dtype))
         x_byxd = x_byxd + self.positions[...].astype(x_byxd.dtype)
         for block in self.blocks:
             x_byxd = block(x_byxd)
@@ -64,7 +66,9 @@ class Block(nnx.Module):
         self.attn_norm = norms.LayerNorm(cfg.width, cfg.norm_eps, cfg.param_dtype)
         self.attn = Attention(cfg, rngs, window or cfg.grid)
         self.mlp_norm = norms.LayerNorm(cfg.width, cfg.norm_eps, cfg.param_dtype)
-        self.mlp = Mlp(cfg, rngs)
+        self.mlp = mlp.Mlp(
+            rngs, cfg.width, cfg.hidden, "gelu", bias=True, param_dtype=cfg.param_dtype
+        )
 
     def __call__(self, x_byxd):
         """x_byxd -> x_byxd."""
@@ -96,51 +100,33 @@ def from_windows(x_wyxd, shape, window):
     return split.reshape(b, rows * window, cols * window, -1)[:, :y, :x]
 
 
-class Attention(nnx.Module):
+class Attention(layers.Attention):
     """Of the tokens of a square with one another, `side` patches along it."""
 
     def __init__(self, cfg, rngs, side):
-        d, n, h = cfg.width, cfg.num_heads, cfg.width // cfg.num_heads
-        dtype = dict(param_dtype=cfg.param_dtype)
-        self.q = linear.Linear(rngs, (d, n, h), (n, h), **dtype)
-        self.k = linear.Linear(rngs, (d, n, h), (n, h), **dtype)
-        self.v = linear.Linear(rngs, (d, n, h), (n, h), **dtype)
-        self.o = linear.Linear(rngs, (n, h, d), (d,), **dtype)
-        self.rows = nnx.Param(jnp.zeros((2 * side - 1, h), cfg.param_dtype))
-        self.cols = nnx.Param(jnp.zeros((2 * side - 1, h), cfg.param_dtype))
+        dtype = cfg.param_dtype
+        super().__init__(rngs, cfg.width, cfg.num_heads, bias="qkvo", param_dtype=dtype)
+        table = (2 * side - 1, cfg.width // cfg.num_heads)
+        self.rows, self.cols = (nnx.Param(jnp.zeros(table, dtype)) for _ in range(2))
 
     def __call__(self, x_byxd):
         """x_byxd -> x_byxd."""
         b, y, x, d = x_byxd.shape
         x_btd = x_byxd.reshape(b, y * x, d)
-        q_btnh, k_btnh, v_btnh = (p("btd,dnh->btnh", x_btd) for p in (self.q, self.k, self.v))
+        q_btnh, (k_btnh, v_btnh) = self.queries(x_btd), self.keys_values(x_btd)
         q_byxnh = q_btnh.reshape(b, y, x, *q_btnh.shape[2:])
         rows = matmul.einsum("byxnh,yrh->bnyxr", q_byxnh, _between(self.rows, y, q_btnh.dtype))
         cols = matmul.einsum("byxnh,xch->bnyxc", q_byxnh, _between(self.cols, x, q_btnh.dtype))
         flat = (z.reshape(b, z.shape[1], y * x, z.shape[4]) for z in (rows, cols))
         bias = attention.GridBias(*flat)
         o_btnh = attention.attend(q_btnh, k_btnh, v_btnh, bias=bias)
-        return self.o("btnh,nhd->btd", o_btnh).reshape(x_byxd.shape)
+        return self.merge(o_btnh).reshape(x_byxd.shape)
 
 
 def _between(table, side, dtype):
     """The table's rows for all pairs of places, [query, key, H]: row q - k + side - 1."""
     places = np.arange(side)
     return table[...].astype(dtype)[places[:, None] - places[None, :] + side - 1]
-
-
-class Mlp(nnx.Module):
-    """down(gelu(up(x))), without approximation."""
-
-    def __init__(self, cfg, rngs):
-        d, f = cfg.width, cfg.hidden
-        self.up = linear.Linear(rngs, (d, f), (f,), param_dtype=cfg.param_dtype)
-        self.down = linear.Linear(rngs, (f, d), (d,), param_dtype=cfg.param_dtype)
-
-    def __call__(self, x_byxd):
-        """x_byxd -> x_byxd."""
-        hidden = jax.nn.gelu(self.up("byxd,df->byxf", x_byxd), approximate=False)
-        return self.down("byxf,fd->byxd", hidden)
 
 
 class Neck(nnx.Module):
@@ -162,16 +148,3 @@ class Neck(nnx.Module):
             none = jnp.zeros((), x_byxd.dtype)
             x_byxd = norm(conv.conv2d(x_byxd, kernel[...], none, padding=padding))
         return x_byxd
-
-
-class Conv(nnx.Module):
-    """A convolution with a bias and without padding."""
-
-    def __init__(self, rngs, sizes, param_dtype):
-        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), sizes, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(sizes[-1:], param_dtype))
-
-    def __call__(self, x_byxc, stride):
-        """float[B, Y, X, C] -> [B, Y / stride, X / stride, D]."""
-        kernel, bias = self.kernel[...], self.bias[...]
-        return conv.conv2d(x_byxc, kernel, bias, stride=stride, padding=((0, 0), (0, 0)))

@@ -16,7 +16,7 @@ from flax import nnx
 
 from vlm_jax.models.sam.config import SamConfig
 from vlm_jax.models.sam.two_way import TwoWay
-from vlm_jax.nn import linear, norms
+from vlm_jax.nn import linear, norms, perceptron
 from vlm_jax.ops import matmul, partition
 
 
@@ -33,10 +33,13 @@ class MaskDecoder(nnx.Module):
         self.iou_token, self.mask_tokens = normal(1, d), normal(count, d)
         self.two_way = TwoWay(cfg, rngs)
         self.upscale = Upscale(cfg, rngs)
-        heads = [Perceptron(rngs, (d, d, d, d // 8), dtype) for _ in range(count)]
-        self.mask_heads = nnx.List(heads)
-        sizes = (d, cfg.iou_width, cfg.iou_width, count)
-        self.iou_head = Perceptron(rngs, sizes, dtype)
+
+        def head(*sizes):
+            dtypes = dict(dtype=cfg.dtype, param_dtype=dtype)
+            return perceptron.Perceptron(rngs, sizes, "relu", **dtypes)
+
+        self.mask_heads = nnx.List([head(d, d, d, d // 8) for _ in range(count)])
+        self.iou_head = head(d, cfg.iou_width, cfg.iou_width, count)
 
     def __call__(self, image_byxd, grid_yxd, prompts_bkpd, dense, *, several: bool = False):
         """(logits float32[B, K, M, 4 Y, 4 X], iou float32[B, K, M]).
@@ -94,19 +97,3 @@ def _twice(layer, x_byxc):
     b, y, x, _ = x_byxc.shape
     squares = layer("byxc,uvcd->byuxvd", x_byxc)
     return squares.reshape(b, 2 * y, 2 * x, -1)
-
-
-class Perceptron(nnx.Module):
-    """Matrices with biases, ReLU between them."""
-
-    def __init__(self, rngs, sizes, param_dtype):
-        pairs = zip(sizes, sizes[1:])
-        self.layers = nnx.List(
-            [linear.Linear(rngs, pair, pair[1:], param_dtype=param_dtype) for pair in pairs]
-        )
-
-    def __call__(self, x_bd):
-        """x_bd -> x_bd."""
-        for i, layer in enumerate(self.layers):
-            x_bd = layer("bd,df->bf", jax.nn.relu(x_bd) if i else x_bd)
-        return x_bd

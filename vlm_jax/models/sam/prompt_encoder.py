@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlm_jax.models.sam.config import SamConfig
-from vlm_jax.models.sam.image_encoder import Conv
-from vlm_jax.nn import norms
+from vlm_jax.nn import norms, patches
 from vlm_jax.ops import matmul
 
 # Rows of `kinds`.
@@ -82,8 +81,11 @@ class MaskReader(nnx.Module):
 
     def __init__(self, cfg, rngs):
         c, d, dtype = cfg.mask_channels, cfg.prompt_width, cfg.param_dtype
-        sizes = ((2, 2, 1, c // 4), (2, 2, c // 4, c), (1, 1, c, d))
-        self.convs = nnx.List([Conv(rngs, size, dtype) for size in sizes])
+        sizes = ((2, 1, c // 4), (2, c // 4, c), (1, c, d))
+        fields = dict(bias=True, param_dtype=dtype)
+        self.convs = nnx.List(
+            [patches.PatchEmbed(rngs, s, out, channels=n, **fields) for s, n, out in sizes]
+        )
         self.norms = nnx.List([norms.LayerNorm(n, cfg.norm_eps, dtype) for n in (c // 4, c)])
 
     def __call__(self, logits_bkyx):
@@ -91,6 +93,6 @@ class MaskReader(nnx.Module):
         b, k, y, x = logits_bkyx.shape
         maps = logits_bkyx.reshape(b * k, y, x, 1).astype(jnp.float32)
         for convolution, norm in zip(self.convs, self.norms):
-            maps = jax.nn.gelu(norm(convolution(maps, stride=2)), approximate=False)
-        maps = self.convs[2](maps, stride=1)
+            maps = jax.nn.gelu(norm(convolution(maps)), approximate=False)
+        maps = self.convs[2](maps)
         return maps.reshape(b, k, *maps.shape[1:])

@@ -9,12 +9,10 @@ the image its grid's, to the tokens the tokens themselves as they came in. Kiril
 
 from __future__ import annotations
 
-import jax
 from flax import nnx
 
 from vlm_jax.models.sam.config import SamConfig
-from vlm_jax.nn import linear, norms
-from vlm_jax.ops import attention
+from vlm_jax.nn import attention, mlp, norms
 
 _EPS = 1e-5
 
@@ -24,7 +22,7 @@ class TwoWay(nnx.Module):
 
     def __init__(self, cfg: SamConfig, rngs: nnx.Rngs):
         self.layers = nnx.List([Layer(cfg, rngs, first=i == 0) for i in range(cfg.decoder_depth)])
-        self.read_image = Attention(cfg, rngs, 2)
+        self.read_image = _attention(cfg, rngs, 2)
         self.norm = norms.LayerNorm(cfg.prompt_width, _EPS, cfg.param_dtype)
 
     def __call__(self, tokens_btd, image_bsd, grid_sd):
@@ -47,11 +45,10 @@ class Layer(nnx.Module):
     def __init__(self, cfg, rngs, first):
         self.first = first
         d, f, dtype = cfg.prompt_width, cfg.decoder_mlp_width, cfg.param_dtype
-        self.read_tokens = Attention(cfg, rngs, 1)
-        self.read_image = Attention(cfg, rngs, 2)
-        self.up = linear.Linear(rngs, (d, f), (f,), param_dtype=dtype)
-        self.down = linear.Linear(rngs, (f, d), (d,), param_dtype=dtype)
-        self.image_reads = Attention(cfg, rngs, 2)
+        self.read_tokens = _attention(cfg, rngs, 1)
+        self.read_image = _attention(cfg, rngs, 2)
+        self.mlp = mlp.Mlp(rngs, d, f, "relu", bias=True, param_dtype=dtype)
+        self.image_reads = _attention(cfg, rngs, 2)
         self.norms = nnx.List([norms.LayerNorm(d, _EPS, dtype) for _ in range(4)])
 
     def __call__(self, tokens, image, codes, grid_sd):
@@ -64,25 +61,13 @@ class Layer(nnx.Module):
         tokens = self.norms[0](tokens)
         tokens = tokens + self.read_image(tokens + codes, image + grid_sd, image)
         tokens = self.norms[1](tokens)
-        hidden = jax.nn.relu(self.up("btd,df->btf", tokens))
-        tokens = self.norms[2](tokens + self.down("btf,fd->btd", hidden))
+        tokens = self.norms[2](tokens + self.mlp(tokens))
         image = image + self.image_reads(image + grid_sd, tokens + codes, tokens)
         return tokens, self.norms[3](image)
 
 
-class Attention(nnx.Module):
-    """Queries read keys; `narrow`: heads are so many times narrower than the width over heads."""
-
-    def __init__(self, cfg, rngs, narrow):
-        d, n = cfg.prompt_width, cfg.decoder_heads
-        h, dtype = d // n // narrow, dict(param_dtype=cfg.param_dtype)
-        self.q = linear.Linear(rngs, (d, n, h), (n, h), **dtype)
-        self.k = linear.Linear(rngs, (d, n, h), (n, h), **dtype)
-        self.v = linear.Linear(rngs, (d, n, h), (n, h), **dtype)
-        self.o = linear.Linear(rngs, (n, h, d), (d,), **dtype)
-
-    def __call__(self, q_btd, k_bsd, v_bsd):
-        """Queries, keys and values before their matrices -> x_btd."""
-        q_btnh = self.q("btd,dnh->btnh", q_btd)
-        k_bsnh, v_bsnh = self.k("bsd,dnh->bsnh", k_bsd), self.v("bsd,dnh->bsnh", v_bsd)
-        return self.o("btnh,nhd->btd", attention.attend(q_btnh, k_bsnh, v_bsnh))
+def _attention(cfg, rngs, narrow):
+    """Queries read keys; heads are so many times narrower than the width over heads."""
+    fields = dict(head_width=cfg.prompt_width // cfg.decoder_heads // narrow, bias="qkvo")
+    dtype = dict(param_dtype=cfg.param_dtype)
+    return attention.Attention(rngs, cfg.prompt_width, cfg.decoder_heads, **fields, **dtype)

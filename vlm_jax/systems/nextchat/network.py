@@ -32,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 
 from vlm_jax.models import clip, llama
 from vlm_jax.models import sam as sam_lib
-from vlm_jax.nn import functional, linear
+from vlm_jax.nn import functional, perceptron
 from vlm_jax.ops import slots
 
 # Behind the vocabulary, in this order.
@@ -170,15 +170,17 @@ class NextChat(nnx.Module):
         dtypes = dict(dtype=cfg.decoder.dtype, param_dtype=cfg.decoder.param_dtype)
         self.vision = clip.VisionTower(cfg.vision, rngs)
         sizes = (cfg.vision.width, *(width,) * cfg.projector_depth)
-        self.projector = Perceptron(rngs, sizes, "gelu", torch_start=True, **dtypes)
+        self.projector = perceptron.Perceptron(rngs, sizes, "gelu", torch_start=True, **dtypes)
         self.decoder = llama.Llama(cfg.decoder, rngs)
         # In float32 whatever the decoder's dtype: bfloat16 has 256 numbers between 0.5 and 1.
         dtypes["dtype"] = "float32"
-        self.box_encoder = Perceptron(rngs, (4, half, width), "relu", **dtypes)
-        self.box_decoder = Perceptron(rngs, (width, half, 4), "relu", **dtypes)
+        self.box_encoder = perceptron.Perceptron(rngs, (4, half, width), "relu", **dtypes)
+        self.box_decoder = perceptron.Perceptron(rngs, (width, half, 4), "relu", **dtypes)
         if cfg.sam:
             sizes = (width, width, cfg.num_prompt_tokens * cfg.sam.prompt_width)
-            self.mask_prompt = Perceptron(rngs, sizes, "relu", torch_start=True, **dtypes)
+            self.mask_prompt = perceptron.Perceptron(
+                rngs, sizes, "relu", torch_start=True, **dtypes
+            )
             self.sam = sam_lib.Sam(cfg.sam, rngs)
 
     def image_features(self, image_byxc):
@@ -261,54 +263,6 @@ class NextChat(nnx.Module):
         prompts_bkpd = jnp.concatenate([own_bkpd, corners_bkpd], axis=2)
         logits_bkmyx, iou_bkm = self.sam.masks(encoding_byxd, prompts_bkpd)
         return logits_bkmyx[:, :, 0], iou_bkm[:, :, 0]
-
-
-class Perceptron(nnx.Module):
-    """Matrices with biases and an activation between them.
-
-    Args:
-      rngs: of the start values.
-      sizes: of input, hidden layers and output.
-      activation: "relu", or "gelu" without approximation.
-      torch_start: kernels and biases uniform within 1 / sqrt(fan in), torch's default. Else kernels
-        are normal with deviation 0.02 and biases zero, LLaMA's way. Upstream starts the location
-        modules one way and the rest the other.
-      dtype: compute. param_dtype: storage.
-    """
-
-    def __init__(
-        self,
-        rngs: nnx.Rngs,
-        sizes: tuple[int, ...],
-        activation: str,
-        *,
-        torch_start: bool = False,
-        dtype: str = "float32",
-        param_dtype: str = "float32",
-    ):
-        self.activation = {"relu": jax.nn.relu, "gelu": _gelu}[activation]
-        self.dtype = dtype
-        pairs = zip(sizes, sizes[1:])
-        self.layers = nnx.List(
-            [linear.Linear(rngs, pair, pair[1:], param_dtype=param_dtype) for pair in pairs]
-        )
-        for layer in self.layers if torch_start else ():
-            bound = layer.kernel.shape[0] ** -0.5
-            for variable in (layer.kernel, layer.bias):
-                shape = variable.shape
-                drawn = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
-                variable[...] = drawn.astype(param_dtype)
-
-    def __call__(self, x):
-        """[..., sizes[0]] -> [..., sizes[-1]], in the compute dtype."""
-        axes, x = "abc"[: x.ndim - 1], x.astype(self.dtype)
-        for i, layer in enumerate(self.layers):
-            x = layer(f"{axes}d,df->{axes}f", self.activation(x) if i else x)
-        return x
-
-
-def _gelu(x):
-    return jax.nn.gelu(x, approximate=False)
 
 
 def make(cfg: NextChatConfig) -> functional.Functional:
