@@ -85,7 +85,9 @@ def theirs(case):
     fused = functools.partial(
         torch.nn.functional.scaled_dot_product_attention, is_causal=case.kind == "causal"
     )
-    move = lambda x: torch.tensor(np.asarray(x, np.float32)).cuda()  # noqa: E731
+
+    def move(x):
+        return torch.tensor(np.asarray(x, np.float32)).cuda()
 
     @functools.cache
     def tensors():
@@ -116,7 +118,10 @@ def error(found, expected):
     """Largest relative error among arrays, of either library, in the norm."""
     if not isinstance(found, (list, tuple)):
         found, expected = [found], [expected]
-    as_numpy = lambda x: np.asarray(x.float().cpu() if hasattr(x, "cpu") else x, np.float32)  # noqa: E731
+
+    def as_numpy(x):
+        return np.asarray(x.float().cpu() if hasattr(x, "cpu") else x, np.float32)
+
     pairs = [(as_numpy(a), np.asarray(b)) for a, b in zip(found, expected)]
     return max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs)
 
@@ -145,7 +150,10 @@ def measure(case, names, rounds):
             row[f"{what} error"] = f"{wrong:.1e}"
             if not wrong < 3e-2:
                 continue
-            repeated = lambda run=run: [run() for _ in range(CALLS)]  # noqa: E731
+
+            def repeated(run=run):
+                return [run() for _ in range(CALLS)]
+
             repeated = machine.on_torch(repeated) if name == "torch" else repeated
             wall = machine.take_turns({what: repeated}, rounds)[what].wall_s / CALLS
             flops = 4 * case.b * case.n * case.t**2 * case.h * (1 if what == "forward" else 3.5)

@@ -153,7 +153,10 @@ def programs(kind, fields, size, packing, batch_size):
         )
     found = {"vlm_jax": lambda: ours(fields, formatter, packing, batch_size)}
     if packing == "none":
-        by_hand = lambda: ByHand(kind, fields["path"], size)  # noqa: E731
+
+        def by_hand():
+            return ByHand(kind, fields["path"], size)
+
         found["torch DataLoader"] = lambda: torch_loader(by_hand(), batch_size, 0)
         found["torch DataLoader, 2 processes"] = lambda: torch_loader(by_hand(), batch_size, 2)
         found["plain grain, its threads"] = lambda: plain_grain(by_hand(), batch_size)

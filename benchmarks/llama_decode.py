@@ -63,7 +63,10 @@ def torch_model(cfg, params, train=False, device="cpu"):
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     dtype = getattr(torch, cfg.param_dtype)
-    tensor = lambda x: torch.tensor(np.asarray(x, np.float32)).to(device, dtype)  # noqa: E731
+
+    def tensor(x):
+        return torch.tensor(np.asarray(x, np.float32)).to(device, dtype)
+
     state = {name: tensor(make()) for name, make in weights.to_hf(params, cfg).items()}
     model = model.to_empty(device=device)
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)

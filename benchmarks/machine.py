@@ -67,7 +67,10 @@ def product_rate(side=8192):
     a, b = (jax.random.normal(jax.random.key(i), (side, side), jnp.bfloat16) for i in (0, 1))
     multiply = jax.jit(jnp.dot)
     # One call is shorter than the time it takes to see its end.
-    run = lambda: [multiply(a, b) for _ in range(10)]  # noqa: E731
+
+    def run():
+        return [multiply(a, b) for _ in range(10)]
+
     jax.block_until_ready(run())
     return 10 * 2 * side**3 / take_turns({"": run}, 5)[""].wall_s
 
@@ -105,7 +108,10 @@ def print_table(rows):
     """A Markdown table of dicts; columns in the order in which they first appear."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     width = {c: max(len(c), *(len(str(row.get(c, ""))) for row in rows)) for c in columns}
-    line = lambda cells: "| " + " | ".join(s.ljust(width[c]) for c, s in cells) + " |"  # noqa: E731
+
+    def line(cells):
+        return "| " + " | ".join(s.ljust(width[c]) for c, s in cells) + " |"
+
     print(line([(c, c) for c in columns]))
     print(line([(c, "-" * width[c]) for c in columns]))
     for row in rows:

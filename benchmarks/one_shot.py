@@ -166,9 +166,15 @@ def torch_program(cfg, params, k):
         b, t, d = x.shape
         image = torch.arange(t) < cfg.num_image
         mask = torch.ones(t, t, dtype=torch.bool).tril() | (image[:, None] & image)
-        heads = lambda y: y.view(b, t, decoder.num_heads, -1).transpose(1, 2)  # noqa: E731
+
+        def heads(y):
+            return y.view(b, t, decoder.num_heads, -1).transpose(1, 2)
+
         for i in range(decoder.depth):
-            w = lambda name, i=i: state[f"language_decoder.layers.{i}.{name}.weight"]  # noqa: E731
+
+            def w(name, i=i):
+                return state[f"language_decoder.layers.{i}.{name}.weight"]
+
             y = rms(x, w("attention_norm"))
             q, k, v = (heads(F.linear(y, w(f"attention.w{name}"))) for name in "qkv")
             o = F.scaled_dot_product_attention(rotate(q), rotate(k), v, attn_mask=mask)
@@ -210,7 +216,10 @@ def ranked(found):
         [label_lists.Group(tuple(row), tuple(p)) for row, p in zip(*image)]
         for image in zip(ids.tolist(), probs.tolist())
     ]
-    spell = lambda ids: " ".join(map(str, ids))  # noqa: E731
+
+    def spell(ids):
+        return " ".join(map(str, ids))
+
     return ids, probs, [label_lists.rank(image, spell, delimiter_id=0) for image in groups]
 
 

@@ -132,7 +132,10 @@ def theirs(cfg, params, device):
 
     torch.backends.cudnn.benchmark = True
     model = TorchVqgan(cfg, params, device)
-    move = lambda x: torch.from_numpy(x).to(device)  # noqa: E731
+
+    def move(x):
+        return torch.from_numpy(x).to(device)
+
     programs = (
         machine.on_torch(torch.inference_mode()(run)) for run in (model.encode, model.decode)
     )

@@ -31,15 +31,18 @@ def get_config(arg=""):
         image_side=c.task.image_side, images=images, sentences=500 if arg else 1_500,
         heldout_sentences=32,
     )  # fmt: skip
-    sentences = lambda split: dict(  # noqa: E731
+
+    def sentences(split):
+        return dict(
         mixture=dict(own=dict(
             type="array_record", path="{workdir}/own/" + split + "_*.array_record"
         )),
         packing="documents",
     )  # fmt: skip
-    pictures = lambda split: dict(  # noqa: E731
-        type="own_pictures", path=c.get_ref("path"), split=split, side=128, frames=4
-    )
+
+    def pictures(split):
+        return dict(type="own_pictures", path=c.get_ref("path"), split=split, side=128, frames=4)
+
     c.data = sentences("train")
     c.evals = dict(
         heldout=dict(

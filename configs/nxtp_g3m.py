@@ -59,7 +59,10 @@ def full(corpora, steps, batch_size=512):
         tokenizer="", image_size=224, max_tokens=256, prompts="ten", shuffle=True,
         last_label="released", drop_empty=False, tagger="nltk",
     )  # fmt: skip
-    shards = lambda **fields: dict(type="caption_shards", path="", labels="", **fields)  # noqa: E731
+
+    def shards(**fields):
+        return dict(type="caption_shards", path="", labels="", **fields)
+
     c.data = dict(mixture={name: shards(**fields) for name, fields in corpora.items()})
     c.optim = dict(
         lr=1e-5, end_lr=0.0, schedule="cosine", warmup_steps=2_000, decay_steps=steps,
@@ -95,9 +98,10 @@ def tiny():
     c.formatter = dict(
         tokenizer="smollm2", image_size=64, max_tokens=24, prompts="first", last_label="closed"
     )
-    photos = lambda split: dict(  # noqa: E731
-        mixture=dict(photos=dict(type="labelled_photos", photos="tiny", split=split))
-    )
+
+    def photos(split):
+        return dict(mixture=dict(photos=dict(type="labelled_photos", photos="tiny", split=split)))
+
     c.data = photos("train")
     c.optim.update(
         lr=1e-3, warmup_steps=10, decay_steps=0, clip_norm=1.0,

@@ -17,7 +17,10 @@ def get_config(arg=""):
     if arg:
         return nxtp_g3m.get_config(arg)
     c = nxtp_g3m.full({}, steps=50_045, batch_size=128)
-    listed = lambda: dict(type="image_list", path="", root="")  # noqa: E731
+
+    def listed():
+        return dict(type="image_list", path="", root="")
+
     c.data = dict(mixture=dict(in1k=listed()))
     c.evals = dict(
         in1k=dict(

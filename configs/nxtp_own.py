@@ -28,13 +28,16 @@ def get_config(arg=""):
     c = released() if arg else nxtp_g3m.tiny()
     c.path = ""
     c.formatter.tagger = "textblob"
-    photos = lambda split: dict(  # noqa: E731
+
+    def photos(split):
+        return dict(
         max_bad_fraction=0.1,
         mixture=dict(own=dict(
             type="own_pictures", path=c.get_ref("path"), split=split, heldout=0.2, texts=True,
             side=c.formatter.image_size * 5 // 4,
         )),
     )  # fmt: skip
+
     c.data = photos("train")
     c.evals = dict(
         heldout=dict(

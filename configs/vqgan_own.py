@@ -25,7 +25,9 @@ def get_config(arg=""):
         raise ValueError(f"vqgan_own: argument {arg!r} is neither '' nor 'released'")
     c = released() if arg else small()
     c.path = ""
-    pictures = lambda split: dict(  # noqa: E731
+
+    def pictures(split):
+        return dict(
         packing="none",
         max_bad_fraction=0.1,
         mixture=dict(own=dict(
@@ -33,6 +35,7 @@ def get_config(arg=""):
             side=c.formatter.size * 5 // 4,
         )),
     )  # fmt: skip
+
     c.data, c.evals.heldout.data = pictures("train"), pictures("heldout")
     return c
 

@@ -218,9 +218,12 @@ def test_the_weights_cost_no_second_forward_pass():
 
     def flops(mean):
         recipe = run.Recipe(
-            system="line", model={}, data=None, optim=optim.OptimConfig(lr=0.1),
+            system="line",
+            model={},
+            data=None,
+            optim=optim.OptimConfig(lr=0.1),
             train=train.TrainConfig(steps=9, batch_size=ROWS, accumulate=2, accumulate_mean=mean),
-        )  # fmt: skip
+        )
         optimizer = optim.make_optimizer(recipe.optim, 10)
         state = jax.eval_shape(lambda: train.init_state(task, optimizer, recipe, jax.random.key(0)))
         update = jax.jit(train.make_train_step(task, optimizer, recipe))

@@ -270,9 +270,16 @@ def test_something_else_in_the_place_of_ours(numbers, tmp_path, name, kind):
 @pytest.mark.slow
 def test_insisting_and_named_changes(numbers, workdir, capfd):
     changed = recipe(
-        numbers, train__steps=12, task__noise=0.5, init__insist=True, optim__lr=1e-4,
-        optim__ema=0.0, optim__clip_norm=0.0, optim__weight_decay=0.0, train__batch_size=16,
-    )  # fmt: skip
+        numbers,
+        train__steps=12,
+        task__noise=0.5,
+        init__insist=True,
+        optim__lr=1e-4,
+        optim__ema=0.0,
+        optim__clip_norm=0.0,
+        optim__weight_decay=0.0,
+        train__batch_size=16,
+    )
     run.run(changed, workdir)
     said = capfd.readouterr().err
     for line in (
@@ -345,7 +352,10 @@ def test_a_recorded_recipe_is_a_recipe(trained, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_load_goes_by_what_the_step_says(workdir, monkeypatch):
-    made = lambda task, formatter, params: (task, params)  # noqa: E731
+
+    def made(task, formatter, params):
+        return (task, params)
+
     monkeypatch.setattr(tiny_system, "from_run", made, raising=False)
     meta = json.loads((workdir / "config.json").read_text())
     meta["config"]["model"]["width"] = 99  # as an evaluation used to leave it
@@ -456,10 +466,13 @@ def test_the_program_ends_with_status_1_and_no_trace(numbers, tmp_path, failing,
     data = {"mixture": {"lines": {"type": "jsonl", "path": str(numbers)}}}
     evals = {"late": {"type": "perplexity", "predict": "score", "data": data}}
     arguments = [
-        f"--config={tiny_system.__file__}", f"--workdir={tmp_path / 'run'}",
-        f"--config.data.mixture.lines.path={numbers}", f"--config.evals={evals}",
-        "--config.mesh={'data': 8, 'fsdp': 1, 'tensor': 1}", "--config.train.steps=2",
-    ]  # fmt: skip
+        f"--config={tiny_system.__file__}",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.mixture.lines.path={numbers}",
+        f"--config.evals={evals}",
+        "--config.mesh={'data': 8, 'fsdp': 1, 'tensor': 1}",
+        "--config.train.steps=2",
+    ]
     for mode in ("train", "evaluate"):
         with pytest.raises(SystemExit) as stopped:
             main.main(["main", *arguments, f"--mode={mode}"])

@@ -98,9 +98,11 @@ def test_meanings_are_taken_from_docstrings():
 
     found = describe.documented(Reader, ["one", "two", "three", "four", "five"])
     assert found == {
-        "one": "the first line goes on.", "two": "the first line goes on.",
-        "three": "in the same entry.", "four": "own.",
-    }  # fmt: skip
+        "one": "the first line goes on.",
+        "two": "the first line goes on.",
+        "three": "in the same entry.",
+        "four": "own.",
+    }
 
 
 def test_a_system_from_elsewhere_is_described():

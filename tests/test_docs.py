@@ -156,9 +156,12 @@ def test_the_api_reference(tmp_path):
     """Built without a warning, with the page on the networks in it."""
     pytest.importorskip("pdoc")
     out = subprocess.run(
-        [sys.executable, ROOT / "docs" / "api.py", tmp_path], capture_output=True, text=True,
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        [sys.executable, ROOT / "docs" / "api.py", tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert out.returncode == 0, out.stderr
     page = (tmp_path / "vlm_jax" / "models.html").read_text()
     assert "The networks alone" in page and "hidden_states" in page
@@ -200,9 +203,13 @@ def test_the_page_on_own_data(folder):
         if any(name in word for word in command for name in NOT_HERE):
             continue
         out = subprocess.run(
-            [sys.executable, "-m", *quick(command)], cwd=folder, capture_output=True, text=True,
-            timeout=600, env=env,
-        )  # fmt: skip
+            [sys.executable, "-m", *quick(command)],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env=env,
+        )
         assert out.returncode == 0, f"{shlex.join(command)}\n{out.stdout}\n{out.stderr[-3000:]}"
         done.append((command, out))
     assert len(done) >= 10

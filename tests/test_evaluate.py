@@ -99,8 +99,11 @@ def test_answers_and_their_truth(tmp_path):
         compares = True
 
         def run(self, data):
-            said = [(a.text, h.truth.text, h.caption) for batch in data.batches
-                    for a, h in zip(data.answers(batch), batch.hosts)]  # fmt: skip
+            said = [
+                (a.text, h.truth.text, h.caption)
+                for batch in data.batches
+                for a, h in zip(data.answers(batch), batch.hosts)
+            ]
             self.seen.append(said)
             return {"count": 3}
 

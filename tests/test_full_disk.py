@@ -32,9 +32,7 @@ def test_convert_weights(small_disk, golden_lvm, tmp_path, capsys):
     room = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize
     filler.write_bytes(np.zeros(room - 64 * 1024, np.uint8).tobytes())
     target = small_disk / "out"
-    arguments = [
-        "--system=vqgan", f"--from={source}", f"--to={target}", "--format=native"
-    ]  # fmt: skip
+    arguments = ["--system=vqgan", f"--from={source}", f"--to={target}", "--format=native"]
     assert convert_weights.main(arguments) == 1
     said = capsys.readouterr().err
     assert f"convert_weights: the disk is full: cannot write {target}" in said, said

@@ -89,9 +89,14 @@ def test_loading_what_fits_not(free, monkeypatch):
     memory.require_for_loading("x", SHAPES)
     with pytest.raises(memory.NotEnoughMemory) as caught:
         memory.require_for_loading("x", SHAPES, copy_dtype="float32")
-    for text in ("x needs 2.00 GiB of host memory", "268,435,456 parameters", "1.00 GiB as held",
-                 "1.00 GiB in float32 to compute with", "1.50 GiB are free",
-                 'dtype="bfloat16"'):  # fmt: skip
+    for text in (
+        "x needs 2.00 GiB of host memory",
+        "268,435,456 parameters",
+        "1.00 GiB as held",
+        "1.00 GiB in float32 to compute with",
+        "1.50 GiB are free",
+        'dtype="bfloat16"',
+    ):
         assert text in str(caught.value)
     monkeypatch.setenv("VLM_JAX_MEMORY_CHECK", "0")
     memory.require_for_loading("x", SHAPES, copy_dtype="float32")
@@ -156,9 +161,18 @@ def test_training_that_fits_not(free):
     _, size = warnings(data=8)
     free(8 * 5 * size - 1)  # of eight devices: parameters, two moments, average, gradients
     (line,), _ = warnings(data=8)
-    for text in ("the host needs 0.00 GiB for 8 device(s)", "parameters", "moments", "average",
-                 "gradients", "are free", "mesh.fsdp", "optim.moment_dtype=bfloat16",
-                 "model.dtype=bfloat16", "model.remat=full"):  # fmt: skip
+    for text in (
+        "the host needs 0.00 GiB for 8 device(s)",
+        "parameters",
+        "moments",
+        "average",
+        "gradients",
+        "are free",
+        "mesh.fsdp",
+        "optim.moment_dtype=bfloat16",
+        "model.dtype=bfloat16",
+        "model.remat=full",
+    ):
         assert text in line
     free(8 * 5 * size + 1000)
     assert warnings(data=8)[0] == []

@@ -46,8 +46,15 @@ def _resume_at(workdir, step):
 
 
 def test_what_is_kept_is_not_rewritten(tmp_path):
-    lines = [b'{"step":1,  "loss": 1.50}', b"[" * 100_000, b"\xff\xfe not ours", b'{"step": 2}',
-             b'{"step": true}', b'{"step": 3}', b"a late stranger"]  # fmt: skip
+    lines = [
+        b'{"step":1,  "loss": 1.50}',
+        b"[" * 100_000,
+        b"\xff\xfe not ours",
+        b'{"step": 2}',
+        b'{"step": true}',
+        b'{"step": 3}',
+        b"a late stranger",
+    ]
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n")
     number = path.stat().st_ino
@@ -147,8 +154,9 @@ def test_wandb_continues_the_same_page(tmp_path, monkeypatch):
         "eval/a/table": ("html", "<pre>| f1 &amp; \u00fc |</pre>"),
     }
     assert [c for c in calls if isinstance(c, tuple) and "loss" not in c[0]] == [
-        (shown, 1), (shown, 2),
-    ]  # fmt: skip
+        (shown, 1),
+        (shown, 2),
+    ]
 
 
 class _Terminal(io.StringIO):
@@ -271,8 +279,10 @@ def test_curves_draw_baselines_beside_and_constants_in_a_table(tmp_path):
     assert [panel.name for panel in panels] == ["train/loss", "eval/a/token_perplexity"]
     assert panels[1].baselines == {"unigram": [(1, 99.0), (2, 99.0)]}
     assert [line.split() for line in lines] == [
-        ["train/lr", "0.1"], ["eval/b/f1", "0.5", "nearest", "0.3"], ["eval/b/alone_f1", "0.7"],
-    ]  # fmt: skip
+        ["train/lr", "0.1"],
+        ["eval/b/f1", "0.5", "nearest", "0.3"],
+        ["eval/b/alone_f1", "0.7"],
+    ]
     many = {f"m{i}": [(1, 0.0), (2, float(i + 1))] for i in range(60)}
     panels, lines = curves.arrange(many, {})
     assert len(panels) == 12 and len(lines) == 36

@@ -69,17 +69,22 @@ def of_few_shot(monkeypatch):
         key: 0
         for kind in few_shot.KINDS
         for key in fakes.run(
-            few_shot.Evaluator(kind=kind, lpips=True), [batch], reader=of.reader(of.TRUE),
+            few_shot.Evaluator(kind=kind, lpips=True),
+            [batch],
+            reader=of.reader(of.TRUE),
             predict=of.predict([0]),
         )
-    }  # fmt: skip
+    }
 
 
 def of_generation():
     picture_u8 = fakes.gray([1, 2])
     batch = fakes.prompt_batch([[picture_u8]], [picture_u8])
     reader = fakes.Reader([images.to01(picture_u8)])
-    predict = lambda batch: {"ids": np.zeros((1, 1), int)}  # noqa: E731
+
+    def predict(batch):
+        return {"ids": np.zeros((1, 1), int)}
+
     return fakes.run(generation.Evaluator(candidates=1), [batch], reader=reader, predict=predict)
 
 
@@ -92,9 +97,15 @@ def of_label_match():
 
 def of_reconstruction(monkeypatch):
     monkeypatch.setattr(reconstruction.Evaluator, "_weights", lambda self: None)
-    distance = lambda weights: lambda a, b: np.zeros(len(a))  # noqa: E731
+
+    def distance(weights):
+        return lambda a, b: np.zeros(len(a))
+
     monkeypatch.setattr(reconstruction.perceptual, "Lpips", distance)
-    features = lambda weights, layer: lambda a: a.mean(axis=(1, 2))  # noqa: E731
+
+    def features(weights, layer):
+        return lambda a: a.mean(axis=(1, 2))
+
     monkeypatch.setattr(reconstruction.perceptual, "Vgg16Features", features)
     image01 = np.random.default_rng(0).random((4, 16, 16, 3)).astype(np.float32)
     outputs = {"image01": image01, "recon01": image01, "ids": np.zeros((4, 16), int)}

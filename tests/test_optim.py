@@ -65,9 +65,13 @@ def test_selectors():
 
 def test_only_learned_parameters_have_moments_and_only_kernels_decay():
     config = optim.OptimConfig(
-        lr=0.1, schedule="constant", weight_decay=1.0, decay="kernel$", clip_norm=0.0,
+        lr=0.1,
+        schedule="constant",
+        weight_decay=1.0,
+        decay="kernel$",
+        clip_norm=0.0,
         lr_scale={"^a/": 0.5},
-    )  # fmt: skip
+    )
     optimizer = optim.make_optimizer(config, 10)
     learned = {"a/kernel": jnp.ones(2), "b/kernel": jnp.ones(2), "b/scale": jnp.ones(2)}
     state = optimizer.init(learned)

@@ -37,10 +37,13 @@ def test_two_processes_have_the_same_and_all_of_it():
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(process), str(port)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         for process in range(2)
-    ]  # fmt: skip
+    ]
     said = [run.communicate(timeout=300) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said
     first, second = (json.loads(out.splitlines()[-1]) for out, _ in said)

@@ -17,18 +17,27 @@ def test_the_page_is_current():
     assert page == released.page(), "python -m vlm_jax.saving.released > docs/weights.md"
 
 
-@pytest.mark.parametrize("release, count", [
-    (lvm.LVM, 6_544_199_680), (lvm.LVM_VQGAN, 146_244_675),
-    (nxtp.LLAMA, 6_738_415_616), (nxtp.SMOLLM2, 134_515_008),
-], ids=lambda x: getattr(x, "name", ""))  # fmt: skip
+@pytest.mark.parametrize(
+    "release, count",
+    [
+        (lvm.LVM, 6_544_199_680),
+        (lvm.LVM_VQGAN, 146_244_675),
+        (nxtp.LLAMA, 6_738_415_616),
+        (nxtp.SMOLLM2, 134_515_008),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
 def test_parameters_as_published(release, count):
     assert released.num_params(release) == count
 
 
 def test_readme_says_the_same():
     text = (ROOT / "README.md").read_text()
-    for release, figures in ((lvm.LVM, "12.2, 24.4"), (lvm.LVM_VQGAN, "0.3, 0.5"),
-                             (nxtp.NXTP_G3M, "3.3, 6.6")):  # fmt: skip
+    for release, figures in (
+        (lvm.LVM, "12.2, 24.4"),
+        (lvm.LVM_VQGAN, "0.3, 0.5"),
+        (nxtp.NXTP_G3M, "3.3, 6.6"),
+    ):
         gib = [released.num_params(release) * size / 2**30 for size in (2, 4)]
         assert f"{gib[0]:.1f}, {gib[1]:.1f}" == figures and f"{figures} GiB" in text
         assert release.hub in text

@@ -68,9 +68,11 @@ def write_tokenizer(folder):
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<B>", "<A>", "<s>"], show_progress=False,
+        vocab_size=300,
+        special_tokens=["<B>", "<A>", "<s>"],
+        show_progress=False,
         initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train([str(folder / "text.txt")], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = dict(bos_token="<A>", eos_token={"content": "<B>"})
@@ -92,7 +94,7 @@ def nxtp_run(request, tmp_path):
         model=dict(vision=vision, decoder=decoder),
         task=dict(delimiter_id=words.delimiter_id, tokenizer=str(folder), k=4),
         formatter=dict(tokenizer=str(folder), image_size=SIDE, prompts="first"),
-    )  # fmt: skip
+    )
     task = nxtp.make_task(sections["model"], **sections["task"])
     params = random_like(jax.eval_shape(task.init, jax.random.key(0)))
     return write_run(tmp_path / "runs" / "my_nxtp", "nxtp", nxtp, sections, params)
@@ -171,7 +173,7 @@ def test_nxtp_with_sentencepiece_from_released_files(golden_nxtp, tmp_path):
     again = vlm_jax.load("nxtp", str(tmp_path / "saved"))
     options = dict(k=6, max_tokens=4, unfinished=True)
     assert again.label(PICTURE, **options) == model.label(PICTURE, **options)
-    assert again.words.prompt("a") == words.prompt("a")
+    assert again.tokenizer.prompt("a") == words.prompt("a")
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -15,5 +15,6 @@ def test_lines(tmp_path):
         f"next: python -m vlm_jax.predict lvm --checkpoint={tmp_path} --continue a.png b.png",
     ]
     assert what_next.lines(tmp_path, "somebody.elses", 8) == [
-        f"checkpoint: {tmp_path}/checkpoints/8", f"curves: {tmp_path}/curves.png",
-    ]  # fmt: skip
+        f"checkpoint: {tmp_path}/checkpoints/8",
+        f"curves: {tmp_path}/curves.png",
+    ]

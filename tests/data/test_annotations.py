@@ -45,8 +45,16 @@ def test_polygons_are_filled_as_coco_fills_them():
     assert outside.all()
 
 
-@pytest.mark.parametrize("polygons", [[[1, 1, 2, 2]], [[1, 1, 2, 2, 3]], [[1, 1, 2, 2, 3, 1e9]],
-                                      [[1, 1, 2, 2, float("nan"), 4]], [["1"] * 6]])  # fmt: skip
+@pytest.mark.parametrize(
+    "polygons",
+    [
+        [[1, 1, 2, 2]],
+        [[1, 1, 2, 2, 3]],
+        [[1, 1, 2, 2, 3, 1e9]],
+        [[1, 1, 2, 2, float("nan"), 4]],
+        [["1"] * 6],
+    ],
+)
 def test_polygons_that_are_none(polygons):
     with pytest.raises(ValueError, match="polygon"):
         annotations.fill(polygons, 5, 6)

@@ -110,9 +110,15 @@ def test_all_orientations_as_pillow_turns_them(orientation):
     content = file_of(Image.fromarray(RGB), exif=exif)
     opened = Image.open(io.BytesIO(content))
     turns = {
-        1: RGB, 2: RGB[:, ::-1], 3: RGB[::-1, ::-1], 4: RGB[::-1], 5: RGB.swapaxes(0, 1),
-        6: np.rot90(RGB, -1), 7: RGB[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(RGB),
-    }  # fmt: skip
+        1: RGB,
+        2: RGB[:, ::-1],
+        3: RGB[::-1, ::-1],
+        4: RGB[::-1],
+        5: RGB.swapaxes(0, 1),
+        6: np.rot90(RGB, -1),
+        7: RGB[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(RGB),
+    }
     for kind in (content, opened, opened.convert("RGB")):
         np.testing.assert_array_equal(images.as_image(kind), turns[orientation])
 
@@ -256,10 +262,12 @@ def test_urls_within_bounds(site, monkeypatch):
     np.testing.assert_array_equal(images.as_image(f"{site}/a.png"), RGB)
     np.testing.assert_array_equal(images.as_image(f"{site}/there"), RGB)
     for path, cause in (
-        ("gone", "cannot read: HTTP Error 404"), ("html", "not an image"),
-        ("file", "cannot read: "), ("ftp", "cannot read: "),
+        ("gone", "cannot read: HTTP Error 404"),
+        ("html", "not an image"),
+        ("file", "cannot read: "),
+        ("ftp", "cannot read: "),
         ("short", "cannot read: cut off: [0-9]+ of 99999 bytes came"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(images.ImageError, match=f"{site}/{path}: {cause}"):
             images.as_image(f"{site}/{path}")
     with pytest.raises(images.ImageError, match="more than the limit of 9 bytes"):

@@ -22,11 +22,15 @@ def test_inputs_of_every_kind(tmp_path, monkeypatch):
     assert inputs.find(["d"]) == ["d/b/9.png", "d/b/10.jpg"]
     assert inputs.find(["d"], folders.VIDEOS) == ["d/v.mp4"]
     assert inputs.find(["d/**/*.png", "d/b/*", "[x].jpg", "@y.jpg"]) == [
-        "d/b/9.png", "d/b/10.jpg", "[x].jpg", "@y.jpg",
-    ]  # fmt: skip
+        "d/b/9.png",
+        "d/b/10.jpg",
+        "[x].jpg",
+        "@y.jpg",
+    ]
     assert inputs.find(["gone.jpg", "http://127.0.0.1/a?b=*"]) == [
-        "gone.jpg", "http://127.0.0.1/a?b=*",
-    ]  # fmt: skip
+        "gone.jpg",
+        "http://127.0.0.1/a?b=*",
+    ]
     (tmp_path / "d" / "list").write_bytes(b"b/9.png\n\n\xff.jpg\r\nhttp://x/y.png\n")
     odd = os.fsdecode(b"d/\xff.jpg")
     assert inputs.find(["@d/list"]) == ["d/b/9.png", odd, "http://x/y.png"]
@@ -41,8 +45,12 @@ def test_inputs_of_every_kind(tmp_path, monkeypatch):
 def test_names_of_outputs_never_collide(tmp_path):
     names = ["a/1.jpg", "a/1.png", "b/1.jpg", "b/c/2.jpg", "http://h/i/3.jpg?x=../../4"]
     made = inputs.output_names(names[:4])
-    assert made == {"a/1.jpg": "a/1.jpg", "a/1.png": "a/1.png", "b/1.jpg": "b/1",
-                    "b/c/2.jpg": "b/c/2"}  # fmt: skip
+    assert made == {
+        "a/1.jpg": "a/1.jpg",
+        "a/1.png": "a/1.png",
+        "b/1.jpg": "b/1",
+        "b/c/2.jpg": "b/c/2",
+    }
     assert inputs.output_names(["x/y/1.jpg"]) == {"x/y/1.jpg": "1"}
     everything = inputs.output_names(names)
     assert len(set(everything.values())) == 5
@@ -51,8 +59,13 @@ def test_names_of_outputs_never_collide(tmp_path):
 
 def test_names_of_outputs_that_would_be_one_file():
     names = ["http://h/a.png", "https://h/a.png", "/h/b.png", "/h/./b.png", "/h/b-2.png"]
-    assert list(inputs.output_names(names).values()) == ["a.png", "a.png-2", "b.png", "b.png-2",
-                                                         "b-2"]  # fmt: skip
+    assert list(inputs.output_names(names).values()) == [
+        "a.png",
+        "a.png-2",
+        "b.png",
+        "b.png-2",
+        "b-2",
+    ]
 
 
 @pytest.mark.parametrize("name", ["http://h/a?" + "x" * 500, "é" * 300, "a\0b", "a\ud800b"])
@@ -90,8 +103,10 @@ def test_streams_are_in_order_bounded_and_end(tmp_path):
     made = []
     stream = streaming.apply(
         streaming.prepared(source(), prepare, threads=3, ahead=5),
-        lambda batch: [10 * x for x in batch], 4, on_error="yield",
-    )  # fmt: skip
+        lambda batch: [10 * x for x in batch],
+        4,
+        on_error="yield",
+    )
     for result in stream:
         made.append(result)
         most[0] = max(most[0], len(taken) - len(made))
@@ -132,9 +147,12 @@ def test_flat_results_are_a_table(tmp_path):
     for names in (["a"], ["a", odd], ["a", odd, "b"]):
         table = results.Results(path, {}, ("id", "n"))
         status = results.run(
-            names, table, lambda todo: iter(range(len(todo))),
-            lambda name, n: [{"id": name, "n": n}, {"id": name, "n": 7}], batch_size=2,
-        )  # fmt: skip
+            names,
+            table,
+            lambda todo: iter(range(len(todo))),
+            lambda name, n: [{"id": name, "n": n}, {"id": name, "n": 7}],
+            batch_size=2,
+        )
         assert status == 0
     rows = list(results.Results(path, {}, ("id", "n")).rows())
     assert [row["id"] for row in rows] == ["a", "a", odd, odd, "b", "b"]

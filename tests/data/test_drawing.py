@@ -15,9 +15,15 @@ BLACK = np.zeros((6, 8, 3), np.uint8)
 def test_palette_is_fixed():
     assert drawing.PALETTE.shape == (256, 3) and drawing.PALETTE.dtype == np.uint8
     assert drawing.PALETTE[[0, 1, 2, 3, 4, 8, 15, 255]].tolist() == [
-        [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128], [64, 0, 0],
-        [192, 128, 128], [224, 224, 192],
-    ]  # fmt: skip
+        [0, 0, 0],
+        [128, 0, 0],
+        [0, 128, 0],
+        [128, 128, 0],
+        [0, 0, 128],
+        [64, 0, 0],
+        [192, 128, 128],
+        [224, 224, 192],
+    ]
     assert len({tuple(entry) for entry in drawing.PALETTE.tolist()}) == 256
     # Class 256 does not fall on the background.
     assert drawing.colour(255) == (224, 224, 192) and drawing.colour(256) == (128, 0, 0)
@@ -219,9 +225,10 @@ def test_damage_of_any_kind(tmp_path, form):
         "images": [{"id": 1, "file_name": "a.jpg"}],
         "categories": [{"id": 3}],
         "annotations": [
-            {"image_id": 1, "category_id": 3, **GOOD}, {"image_id": 1, "segmentation": rle}
+            {"image_id": 1, "category_id": 3, **GOOD},
+            {"image_id": 1, "segmentation": rle},
         ],
-    }  # fmt: skip
+    }
     if form == "own":
         thing = {"label": 3, "box": [1, 2, 3, 4], "polygons": [[1, 1, 4, 1, 4, 3]], "rle": rle}
         points = {"keypoints": [[1, 2, 2]] * 18}

@@ -65,9 +65,15 @@ def test_names_of_any_kind(tmp_path, capsys):
     (tmp_path / os.fsdecode(b"\xff\xe9.jpg")).write_bytes(b"")
     found = folders.list_files(tmp_path)
     assert found == [
-        "a.jp2", "b.jpe", "٣.jpg", os.fsdecode(b"\xff\xe9.jpg"), "1²3.jpg", "9.jpg", "10.jpg",
+        "a.jp2",
+        "b.jpe",
+        "٣.jpg",
+        os.fsdecode(b"\xff\xe9.jpg"),
+        "1²3.jpg",
+        "9.jpg",
+        "10.jpg",
         "12:30.JFIF",
-    ]  # fmt: skip
+    ]
     assert capsys.readouterr().err == ""
 
 
@@ -90,8 +96,10 @@ def test_two_forms_of_unicode_are_one_name(tmp_path):
     photos = fill(tmp_path / "photos", f"{composed}.jpg", "f.jpg", "ez.jpg")
     masks = fill(tmp_path / "masks", f"{apart}.png", "f.png", "ez.png")
     assert folders.paired([photos, masks]) == [
-        ("ez.jpg", "ez.png"), ("f.jpg", "f.png"), (f"{composed}.jpg", f"{apart}.png"),
-    ]  # fmt: skip
+        ("ez.jpg", "ez.png"),
+        ("f.jpg", "f.png"),
+        (f"{composed}.jpg", f"{apart}.png"),
+    ]
     assert list(folders.by_class([f"{composed}/1.jpg", f"{apart}/2.jpg"])) == [composed]
 
 

@@ -64,8 +64,15 @@ def test_mixture_deals_evenly():
     mixture = order.Mixture({"b": 1.0, "a": 3.0})
     dealt = [mixture.locate(position) for position in range(8)]
     assert dealt == [
-        ("a", 0), ("a", 1), ("b", 0), ("a", 2), ("a", 3), ("a", 4), ("b", 1), ("a", 5),
-    ]  # fmt: skip
+        ("a", 0),
+        ("a", 1),
+        ("b", 0),
+        ("a", 2),
+        ("a", 3),
+        ("a", 4),
+        ("b", 1),
+        ("a", 5),
+    ]
 
 
 def test_mixture_meets_its_weights_and_skips_nothing():

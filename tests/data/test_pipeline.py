@@ -228,8 +228,10 @@ def test_hosts_stay_beside_the_arrays_of_a_pass_and_training_drops_them(mixture)
 def test_rows_of_a_process_in_one_pass(mixture):
     config = pipeline.DataConfig(mixture=mixture)
     whole = list(pipeline.one_pass(config, Showing(), batch_size=10))
-    parts = [list(pipeline.one_pass(config, Showing(), batch_size=10, rows=rows))
-             for rows in (np.arange(4), np.arange(4, 10))]  # fmt: skip
+    parts = [
+        list(pipeline.one_pass(config, Showing(), batch_size=10, rows=rows))
+        for rows in (np.arange(4), np.arange(4, 10))
+    ]
     assert len(whole) == len(parts[0]) == len(parts[1])
     for one, first, second in zip(whole, *parts):
         both = np.concatenate([first.arrays["n"], second.arrays["n"]])

@@ -119,8 +119,11 @@ def test_tar_groups_members_and_follows_nothing(tmp_path):
     source = sources.make_source(type="tar", path=str(path))
     assert len(source) == 3
     assert source[0] == {
-        "id": f"{path}:d.1/a", "jpg": b"\xff\xd8", "txt": "ü", "seg.png": b"mask",
-    }  # fmt: skip
+        "id": f"{path}:d.1/a",
+        "jpg": b"\xff\xd8",
+        "txt": "ü",
+        "seg.png": b"mask",
+    }
     assert source[1] == {"id": f"{path}:b", "json": {"n": 1}, "cls": 7}
     assert source.skipped == [(f"{path}:evil.jpg", "not a regular file")]
     assert sorted(os.listdir(tmp_path)) == ["s-000.tar"]  # nothing is ever extracted

@@ -23,8 +23,9 @@ def table(tmp_path, name, text):
 def test_captions(tmp_path, name, text):
     found = tables.read(table(tmp_path, name, text))
     assert [(entry.file, entry.captions) for entry in found.entries] == [
-        ("a.jpg", ["a cat, on a sofa"]), ("b.jpg", ["a dog"]),
-    ]  # fmt: skip
+        ("a.jpg", ["a cat, on a sofa"]),
+        ("b.jpg", ["a dog"]),
+    ]
     assert not found.bad and not found.duplicates
 
 
@@ -47,9 +48,14 @@ def test_lines_of_one_picture_are_put_together_and_repetitions_reported(tmp_path
 
 
 def test_bad_lines_are_named(tmp_path):
-    lines = ["{", "[1]", '{"image": 3, "caption": "x"}', '{"image": "a.jpg", "caption": ""}',
-             '{"image": "b.jpg", "caption": 7}',
-             '{"image": "c.jpg", "caption": "fine"}']  # fmt: skip
+    lines = [
+        "{",
+        "[1]",
+        '{"image": 3, "caption": "x"}',
+        '{"image": "a.jpg", "caption": ""}',
+        '{"image": "b.jpg", "caption": 7}',
+        '{"image": "c.jpg", "caption": "fine"}',
+    ]
     path = table(tmp_path, "a.jsonl", "\n".join(lines))
     found = tables.read(path)
     assert [entry.file for entry in found.entries] == ["c.jpg"]

@@ -29,8 +29,11 @@ def test_colorization():
     assert values[4] == 20 and values[0] == values[1] and values[2] == values[3]
     assert {values[0], values[2]} < {0, 10, 30} and len({values[0], values[2]}) == 2
     np.testing.assert_array_equal(record["target"][0], np.full((2, 3, 3), 20))
-    coloured = make(queries=memory(2, image_u8=np.full((2, 2, 3), [255, 0, 0], np.uint8)), shots=1,
-                    answer="colour")[0]  # fmt: skip
+    coloured = make(
+        queries=memory(2, image_u8=np.full((2, 2, 3), [255, 0, 0], np.uint8)),
+        shots=1,
+        answer="colour",
+    )[0]
     np.testing.assert_array_equal(coloured["prompt"][0], images.grey_u8(coloured["prompt"][1]))
 
 

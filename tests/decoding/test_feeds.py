@@ -71,9 +71,17 @@ def test_a_feed_decides_what_is_read(layout, share):
         prompt_btd = network.embed(PROMPT)
         sampler = sampling.Sampler(temperature=2.0)
         made = generate.generate(
-            network, prompt_btd, NEW, KEY, sampler=sampler, feed=answering(network),
-            carry=empty(4), num_samples=2, share_prompt=share, logp=True,
-        )  # fmt: skip
+            network,
+            prompt_btd,
+            NEW,
+            KEY,
+            sampler=sampler,
+            feed=answering(network),
+            carry=empty(4),
+            num_samples=2,
+            share_prompt=share,
+            logp=True,
+        )
         repeated_rtd = jnp.repeat(prompt_btd, 2, axis=0)
         return made, whole(network, repeated_rtd, made.carry["x"]), network.embed(made.tokens_bst)
 
@@ -121,9 +129,14 @@ def test_what_a_beam_remembers_follows_it():
         network = llama.make(cfg).bind(params)
         prompt_btd = network.embed(PROMPT)
         found = beam.decode(
-            network, prompt_btd, num_new=NEW, beam_size=3, end_id=4,
-            feed=answering(network), carry=empty(2, 3),
-        )  # fmt: skip
+            network,
+            prompt_btd,
+            num_new=NEW,
+            beam_size=3,
+            end_id=4,
+            feed=answering(network),
+            carry=empty(2, 3),
+        )
         repeated_rtd = jnp.repeat(prompt_btd, 3, axis=0)
         x_rtd = found.carry["x"].reshape(6, NEW, -1)
         return found, whole(network, repeated_rtd, x_rtd)

@@ -87,8 +87,12 @@ def test_prefill_logits(kind):
 
 def cut_to(k, steps, found):
     """What a run with a smaller k and limit gives: a label depends on its first token alone."""
-    return one_shot.OneShot(*(x[:, :k, :steps] if x.ndim == 3 else x[:, :k] for x in (
-        found.ids_bkt, found.probs_bkt, found.lengths_bk, found.ended_bk)))  # fmt: skip
+    return one_shot.OneShot(
+        *(
+            x[:, :k, :steps] if x.ndim == 3 else x[:, :k]
+            for x in (found.ids_bkt, found.probs_bkt, found.lengths_bk, found.ended_bk)
+        )
+    )
 
 
 @pytest.mark.parametrize("tag", ["k1", "k3", "k5", "k10", "k6_forced"])
@@ -269,9 +273,12 @@ def test_scripted_logits():
     k = rest.shape[1] // len(first)
     limit = dict(k=k, max_tokens=len(rest) + 1, delimiter_id=DELIMITER)
     network = Scripted(jnp.asarray(first), jnp.asarray(rest), k)
-    run = lambda **stop: one_shot.compile(lambda _: network, **limit, **stop)(  # noqa: E731
-        None, jnp.zeros((len(first), 1, 1))
-    )
+
+    def run(**stop):
+        return one_shot.compile(lambda _: network, **limit, **stop)(
+            None, jnp.zeros((len(first), 1, 1))
+        )
+
     raw = run(stop=False)
     prompt = io["unit_oneshot_prompt"].shape[1]
     tokens = io["unit_oneshot_tokens_raw"].reshape(len(first), k, -1)[..., prompt:]

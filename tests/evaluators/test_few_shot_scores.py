@@ -27,8 +27,13 @@ def reader(*pictures_u8):
 
 
 def test_segmentation_by_hand(tmp_path):
-    batch = fakes.prompt_batch([[PHOTO, MASK1, PHOTO, MASK2, PHOTO]] * 2, [TRUE, TRUE],
-                               labels=[3, 8], folds=[0, 1], names=["a/bird", "b/cat"])  # fmt: skip
+    batch = fakes.prompt_batch(
+        [[PHOTO, MASK1, PHOTO, MASK2, PHOTO]] * 2,
+        [TRUE, TRUE],
+        labels=[3, 8],
+        folds=[0, 1],
+        names=["a/bird", "b/cat"],
+    )
     # Ids 0 and 1 are what the tokenizer makes of the true answers, 2 and 3 are generated.
     scores = fakes.run(
         few_shot.Evaluator(kind="segmentation"),
@@ -146,6 +151,8 @@ def test_bad_input():
         fakes.run(evaluator, [batch], reader=reader(TRUE), predict=predict([0]))
     with pytest.raises(ValueError, match="formatter"):
         fakes.run(
-            evaluator, [fakes.batch_of({"x": np.ones(1)})], reader=reader(TRUE),
+            evaluator,
+            [fakes.batch_of({"x": np.ones(1)})],
+            reader=reader(TRUE),
             predict=predict([0]),
-        )  # fmt: skip
+        )

@@ -9,8 +9,10 @@ from vlm_jax.evaluators import reconstruction
 
 def scores_of(image01, num_ids):
     outputs = {
-        "image01": image01, "recon01": image01, "ids": np.zeros((len(image01), num_ids), int),
-    }  # fmt: skip
+        "image01": image01,
+        "recon01": image01,
+        "ids": np.zeros((len(image01), num_ids), int),
+    }
     batch = fakes.batch_of({"image01": image01})
     return fakes.run(reconstruction.Evaluator(codes=2), [batch], predict=lambda batch: outputs)
 

@@ -18,9 +18,11 @@ def test_unigram_by_hand():
     for num_ids in (0, 9):
         evaluator = perplexity.Evaluator(num_ids=num_ids, baseline={"mixture": {}})
         found = fakes.run(
-            evaluator, scored, other=train,
+            evaluator,
+            scored,
+            other=train,
             predict=lambda batch: {"logp": np.full(batch.arrays["targets"].shape, -1.0)},
-        )  # fmt: skip
+        )
         size = num_ids or 8
         counts = np.ones(size) + np.bincount([2, 2, 2, 1], minlength=size)
         logp = np.log(counts / counts.sum())

@@ -39,7 +39,10 @@ def test_every_parameter_has_a_rule_and_every_rule_a_parameter():
 def tiny():
     made = network(clip.PRESETS["tiny"])
     rng = np.random.default_rng(0)
-    draw = lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype)  # noqa: E731
+
+    def draw(x):
+        return rng.normal(0, 0.1, x.shape).astype(x.dtype)
+
     params = jax.tree.map(draw, made.abstract()) | {"logit_scale": np.float32(2.6)}
     return lambda call: jax.jit(lambda params: call(made.bind(params)))(params)
 

@@ -65,8 +65,10 @@ def test_clip():
     @jax.jit
     def run(params):
         network = clip.make(cfg).bind(params)
-        cuts = [network.vision.tokens(photos, num_blocks=i, post_norm=False)
-                for i in range(cfg.vision.depth + 1)]  # fmt: skip
+        cuts = [
+            network.vision.tokens(photos, num_blocks=i, post_norm=False)
+            for i in range(cfg.vision.depth + 1)
+        ]
         words = network.text.hidden_states(TOKENS)
         ends_bd = network.text.final_norm(words[-1])[jnp.arange(2), jnp.argmax(TOKENS, axis=1)]
         made = network.text.projection("bd,de->be", ends_bd)
@@ -92,9 +94,17 @@ def test_vqgan():
     states, *expected = run(params)
     levels = len(cfg.channel_mult)
     assert set(states) == {
-        "encoder/conv_in", *(f"encoder/down/{i}" for i in range(levels)), "encoder/mid",
-        "encoder/conv_out", "latents", "codes", "decoder/conv_in", "decoder/mid",
-        *(f"decoder/up/{i}" for i in range(levels)), "decoder/norm_out", "image01",
-    }  # fmt: skip
+        "encoder/conv_in",
+        *(f"encoder/down/{i}" for i in range(levels)),
+        "encoder/mid",
+        "encoder/conv_out",
+        "latents",
+        "codes",
+        "decoder/conv_in",
+        "decoder/mid",
+        *(f"decoder/up/{i}" for i in range(levels)),
+        "decoder/norm_out",
+        "image01",
+    }
     for name, x in zip(("latents", "codes", "image01"), expected):
         close(states[name], x, rtol=1e-5, atol=1e-5)

@@ -210,8 +210,9 @@ def test_a_mask_instead_of_the_causal_order():
     got = apply(TINY, params, "__call__", tokens, mask_bts=triangle).logits
     np.testing.assert_allclose(got, want, atol=1e-5)
     with pytest.raises(ValueError, match="mask_bts and cache"):
-        apply(TINY, params, "__call__", tokens, mask_bts=triangle,
-              cache=llama.make_cache(TINY, 2, 7))  # fmt: skip
+        apply(
+            TINY, params, "__call__", tokens, mask_bts=triangle, cache=llama.make_cache(TINY, 2, 7)
+        )
 
 
 # ---- layouts, packing, cache -----------------------------------------------------------------

@@ -44,9 +44,16 @@ def of_llama(dtype):
 
 def of_vqgan(dtype):
     cfg = vqgan.VqganConfig(
-        resolution=16, hidden_channels=32, channel_mult=(1, 2), num_res_blocks=1, mid_attn=True,
-        z_channels=4, quantized_width=4, num_embeddings=8, dtype=dtype,
-    )  # fmt: skip
+        resolution=16,
+        hidden_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        mid_attn=True,
+        z_channels=4,
+        quantized_width=4,
+        num_embeddings=8,
+        dtype=dtype,
+    )
     network = vqgan.make(cfg)
 
     def run(params):

@@ -241,7 +241,10 @@ def test_distance_ties_go_to_the_lowest_id():
 def test_quantizer_loss_placements():
     z, codes = jnp.full((1, 1, 1, 2), 3.0), jnp.full((1, 1, 1, 2), 1.0)
     for factor_on, factor_z, factor_codes in [("codebook", 1.0, 0.25), ("commitment", 0.25, 1.0)]:
-        loss = lambda z, c: vqgan.quantizer_loss(z, c, cost=0.25, factor_on=factor_on)  # noqa: B023, E731
+
+        def loss(z, c, factor_on=factor_on):
+            return vqgan.quantizer_loss(z, c, cost=0.25, factor_on=factor_on)
+
         assert float(loss(z, codes)) == pytest.approx(1.25 * 4.0)
         grad_z, grad_codes = jax.grad(loss, (0, 1))(z, codes)
         _close(grad_z, np.full(z.shape, factor_z * 2 * 2.0 / 2), 1e-6)

@@ -24,7 +24,9 @@ def written_out(layer, x, keys=None, values=None, scale=None, bias=0.0, edit=lam
     """One head at a time, float64."""
     keys = x if keys is None else keys
     values = keys if values is None else values
-    read = lambda p: np.asarray(p[...], np.float64)  # noqa: E731
+
+    def read(p):
+        return np.asarray(p[...], np.float64)
 
     def project(linear, x):
         y = np.einsum("btd,dnh->btnh", np.asarray(x, np.float64), read(linear.kernel))
@@ -85,7 +87,9 @@ def test_normalised_and_rotated_heads():
     layer = attention.Attention(nnx.Rngs(0), 16, 2, qk_norm_eps=1e-6, scale=0.3)
     layer.q_norm.scale[...], layer.k_norm.scale[...] = numbers(8, seed=3), numbers(8, seed=4)
     angles = rope.table(jnp.arange(5)[None], 8)
-    rotate = lambda x: rope.rotate(x, *angles)  # noqa: E731
+
+    def rotate(x):
+        return rope.rotate(x, *angles)
 
     def normed(x, scale):
         root = np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
@@ -162,7 +166,10 @@ def test_gated_mlp(sizes, norm_eps):
     )
     for i, linear in enumerate((layer.gate, layer.up, layer.down)):
         linear.bias[...] = numbers(*linear.bias.shape, seed=i)
-    apply = lambda linear, x: x @ np.asarray(linear.kernel[...]) + np.asarray(linear.bias[...])  # noqa: E731
+
+    def apply(linear, x):
+        return x @ np.asarray(linear.kernel[...]) + np.asarray(linear.bias[...])
+
     x = np.asarray(numbers(*sizes))
     gate = apply(layer.gate, x)
     hidden = gate / (1 + np.exp(-gate)) * apply(layer.up, x)

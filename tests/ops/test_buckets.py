@@ -7,11 +7,24 @@ from vlm_jax.ops import buckets
 
 def test_lengths():
     assert [buckets.length(count, 12) for count in (0, 1, 2, 3, 5, 8, 9, 12)] == [
-        1, 1, 2, 4, 8, 8, 12, 12,
-    ]  # fmt: skip
+        1,
+        1,
+        2,
+        4,
+        8,
+        8,
+        12,
+        12,
+    ]
     assert [buckets.length(count, 90, 5) for count in (1, 5, 6, 10, 11, 41, 90)] == [
-        5, 5, 10, 10, 20, 80, 90,
-    ]  # fmt: skip
+        5,
+        5,
+        10,
+        10,
+        20,
+        80,
+        90,
+    ]
     assert buckets.length(3, 4, 5) == 4
 
 

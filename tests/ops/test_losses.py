@@ -78,7 +78,10 @@ def test_chunked_equals_plain(mean, chunk):
 def test_chunked_scales_its_gradient():
     hidden, head = jnp.ones((1, 4, 2)), jnp.array([[1.0, 2.0, 0.0], [0.5, 0.0, 1.0]])
     targets, weights = jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4))
-    f = lambda h: losses.chunked_cross_entropy(hidden, h, targets, weights)[0]  # noqa: E731
+
+    def f(h):
+        return losses.chunked_cross_entropy(hidden, h, targets, weights)[0]
+
     np.testing.assert_allclose(jax.grad(lambda h: 3 * f(h))(head), 3 * jax.grad(f)(head))
 
 

@@ -28,7 +28,10 @@ def test_scores_depend_on_distance_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
 
     def score(i, j):
-        at = lambda x, p: rope.rotate(x, *rope.table(jnp.array([[p]]), 8))  # noqa: E731
+
+        def at(x, p):
+            return rope.rotate(x, *rope.table(jnp.array([[p]]), 8))
+
         return float((at(q, i) * at(k, j)).sum())
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)

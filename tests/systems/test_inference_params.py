@@ -36,8 +36,10 @@ def lvm_batch(task):
 def nxtp_task():
     return nxtp.make_task(
         dict(vision=dict(preset="tiny"), decoder=dict(preset="tiny")),
-        k=3, max_tokens=4, delimiter_id=5,
-    )  # fmt: skip
+        k=3,
+        max_tokens=4,
+        delimiter_id=5,
+    )
 
 
 def nxtp_batch(task):
@@ -90,7 +92,10 @@ SYSTEMS = {
 def made(name):
     make_task, make_batch, _ = SYSTEMS[name]
     task, rng = make_task(), np.random.default_rng(0)
-    draw = lambda x: rng.normal(0, 0.2, x.shape).astype(x.dtype)  # noqa: E731
+
+    def draw(x):
+        return rng.normal(0, 0.2, x.shape).astype(x.dtype)
+
     params = jax.tree.map(draw, jax.eval_shape(task.init, jax.random.key(0)))
     return task, params, make_batch(task)
 

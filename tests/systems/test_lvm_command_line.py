@@ -70,8 +70,10 @@ def test_a_batch_file_goes_on_where_it_stopped(run, tmp_path, monkeypatch, capsy
     paths = photos(tmp_path, 5)
     monkeypatch.setattr(command_line, "_CHUNK", 2)
     run.model.tokenizer = types.SimpleNamespace(side=16)
-    lines = [{"input": [path.name], "output": f"{i}.png", "target": [paths[0].name]}
-             for i, path in enumerate(paths)]  # fmt: skip
+    lines = [
+        {"input": [path.name], "output": f"{i}.png", "target": [paths[0].name]}
+        for i, path in enumerate(paths)
+    ]
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
 
@@ -106,8 +108,10 @@ def test_a_batch_file_says_what_is_not_used_and_fades_it(run, tmp_path, monkeypa
         return [np.tile(images.resize(p[-1], 16), (candidates, 1, 1, 1, 1)) for p in found]
 
     monkeypatch.setattr(run.model, "continue_", once)
-    lines = [{"input": [path.name for path in paths], "output": "long.png"},
-             {"input": [paths[0].name], "output": "short.png"}]  # fmt: skip
+    lines = [
+        {"input": [path.name for path in paths], "output": "long.png"},
+        {"input": [paths[0].name], "output": "short.png"},
+    ]
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     out = run(f"--jsonl={file}", "--candidates=1", "--show_inputs")

@@ -35,8 +35,10 @@ def test_category_groups():
     for _ in range(20):
         found = values(layouts.category_groups(by_class, rng, num_images=8, per_class=4))
         assert len(set(found)) == 8  # no image twice
-        assert {set("abc"[np.searchsorted([4, 9], i, "right")] for i in group).pop()
-                for group in (found[:4], found[4:])} == {"a", "b"}  # fmt: skip
+        assert {
+            set("abc"[np.searchsorted([4, 9], i, "right")] for i in group).pop()
+            for group in (found[:4], found[4:])
+        } == {"a", "b"}
     with pytest.raises(records.DataError, match="2 classes have 4 images, needs 4"):
         layouts.category_groups(by_class, rng)
 
@@ -148,11 +150,33 @@ def test_several_annotations_share_one_order():
 def test_annotated_clips_in_both_orders():
     clips = [[[1, 2, 3], [-1, -2, -3]], [[7, 8, 9], [-7, -8, -9]]]
     assert layouts.annotated_clips(clips, interleaved=False) == [
-        1, 2, 3, -1, -2, -3, 7, 8, 9, -7, -8, -9,
-    ]  # fmt: skip
+        1,
+        2,
+        3,
+        -1,
+        -2,
+        -3,
+        7,
+        8,
+        9,
+        -7,
+        -8,
+        -9,
+    ]
     assert layouts.annotated_clips(clips, interleaved=True) == [
-        1, -1, 2, -2, 3, -3, 7, -7, 8, -8, 9, -9,
-    ]  # fmt: skip
+        1,
+        -1,
+        2,
+        -2,
+        3,
+        -3,
+        7,
+        -7,
+        8,
+        -8,
+        9,
+        -9,
+    ]
 
 
 def test_objects_show_frames_then_their_masks():
@@ -174,8 +198,11 @@ def test_altered_pictures_are_not_read():
     one, two = pictures.Picture("1.jpg"), pictures.Picture("2.jpg")
     grey = (("grey",),)
     assert layouts.colorization([one, two]) == [
-        pictures.Picture("1.jpg", edits=grey), one, pictures.Picture("2.jpg", edits=grey), two,
-    ]  # fmt: skip
+        pictures.Picture("1.jpg", edits=grey),
+        one,
+        pictures.Picture("2.jpg", edits=grey),
+        two,
+    ]
     found = layouts.inpainting([one, two], np.random.default_rng(0))
     assert found[1::2] == [one, two]
     assert [picture.path for picture in found[::2]] == ["1.jpg", "2.jpg"]

@@ -43,9 +43,11 @@ def parts(golden_lvm):
 def task(parts, monkeypatch):
     monkeypatch.setattr(task_lib, "_tokenizer", lambda *_: parts[2])
     return lvm.LvmTask(
-        dataclasses.replace(parts[0], max_tokens=512), tokenizer="golden", codebook_size=64,
+        dataclasses.replace(parts[0], max_tokens=512),
+        tokenizer="golden",
+        codebook_size=64,
         tokens_per_image=64,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -54,8 +56,9 @@ def evaluated(parts, task, tmp_path):
 
     def evaluate_entry(**entry):
         (evaluation,) = evaluate.make({"x": {"batch_size": 2, **entry}})
-        formatter = lvm.make_formatter(max_tokens=320, bos_id=BOS, eos_id=BOS + 1,
-                                       fields="<|bos|>,{tokens}", vocab_size=66)  # fmt: skip
+        formatter = lvm.make_formatter(
+            max_tokens=320, bos_id=BOS, eos_id=BOS + 1, fields="<|bos|>,{tokens}", vocab_size=66
+        )
         mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=1, tensor=4))
         params = parts[1]
         evaluate.check(evaluation, task, formatter, params)
@@ -84,8 +87,10 @@ def test_the_table_of_encode():
     ]
     hosts = [row.pop("host") for row in rows]
     assert [host.tags for host in hosts] == [
-        {"label": -1, "fold": -1}, {"label": 7, "fold": 1}, {"label": -1, "fold": -1}
-    ]  # fmt: skip
+        {"label": -1, "fold": -1},
+        {"label": 7, "fold": 1},
+        {"label": -1, "fold": -1},
+    ]
     stacked = {key: np.stack([r[key] for r in rows]) for key in rows[0]}
     batch, same = formatter.collate(stacked, hosts, truth=True)
     assert same is hosts
@@ -198,8 +203,9 @@ def test_perplexity_in_batches_equals_one_by_one(parts, golden, monkeypatch):
     shapes = []
     score = model._score
     model._generators["score"] = lambda params, ids, *rest: (
-        shapes.append(ids.shape), score(params, ids, *rest)
-    )[1]  # fmt: skip
+        shapes.append(ids.shape),
+        score(params, ids, *rest),
+    )[1]
     np.testing.assert_allclose(model.perplexity_ids(contexts, targets), one_by_one, rtol=1e-5)
     assert sorted(shapes) == [(4, 128), (4, 256)]  # three images run in the room of four
     shapes.clear()
@@ -216,9 +222,13 @@ def test_context_perplexity_equals_the_verb(evaluated, parts, keep_lead):
     rng = np.random.default_rng(1)
     sentences = [rng.integers(0, 64, (4, 64)).astype("<i4") for _ in range(3)]
     scores, folder = evaluated(
-        type="context_perplexity", tokens_per_image=64, max_context=3, lead_tokens=1,
-        keep_lead=keep_lead, data=memory(*[{"tokens": x.tobytes()} for x in sentences]),
-    )  # fmt: skip
+        type="context_perplexity",
+        tokens_per_image=64,
+        max_context=3,
+        lead_tokens=1,
+        keep_lead=keep_lead,
+        data=memory(*[{"tokens": x.tobytes()} for x in sentences]),
+    )
     model = lvm.Lvm(*parts)
     for k in (1, 2, 3):
         contexts = [s[3 - k : 3].ravel() for s in sentences]
@@ -255,12 +265,15 @@ def test_colorization_of_pictures(evaluated, parts, golden):
     """The program's scores are those of what the verb makes."""
     pictures = golden["vq.images_u8"]
     rows = [{"image_u8": picture, "id": f"p{i}"} for i, picture in enumerate(pictures)]
-    source = dict(type="few_shot", answer="colour", shots=1,
-                  queries=dict(type="memory", records=rows))  # fmt: skip
+    source = dict(
+        type="few_shot", answer="colour", shots=1, queries=dict(type="memory", records=rows)
+    )
     scores, folder = evaluated(
-        type="few_shot", kind="colorization", data=dict(mixture=dict(p=source)),
+        type="few_shot",
+        kind="colorization",
+        data=dict(mixture=dict(p=source)),
         formatter=dict(images=3, lead=False),
-    )  # fmt: skip
+    )
     drawn = sources.make_source(**source)
     made = lvm.Lvm(*parts).continue_(
         [drawn[i]["prompt"] for i in range(len(drawn))], temperature=0.0, top_k=0
@@ -286,9 +299,11 @@ def test_pascal5i(evaluated, tmp_path, kind):
         queries, examples = {**queries, "kind": "box"}, dict(examples=queries)
     pairs = dict(type="few_shot", answer="mask", queries=queries, **examples)
     scores, folder = evaluated(
-        type="few_shot", kind=kind, data=dict(mixture=dict(m=pairs)),
+        type="few_shot",
+        kind=kind,
+        data=dict(mixture=dict(m=pairs)),
         formatter=dict(images=3, lead=False),
-    )  # fmt: skip
+    )
     lines = [json.loads(x) for x in (folder / "images.jsonl").read_text().splitlines()]
     names = ["b/cat"] if kind == "detection" else ["a/cat", "b/cat", "d/cat"]
     assert [line["id"] for line in lines] == names
@@ -312,9 +327,11 @@ def test_generation_from_a_batch_file(evaluated, golden, tmp_path):
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     source = dict(type="visual_prompts", path=str(tmp_path / "list.jsonl"), output=True)
     scores, folder = evaluated(
-        type="generation", candidates=2, data=dict(mixture=dict(m=source)),
+        type="generation",
+        candidates=2,
+        data=dict(mixture=dict(m=source)),
         formatter=dict(images=3, lead=False),
-    )  # fmt: skip
+    )
     assert scores["pictures"] == 2 and scores["mse_x3"] == pytest.approx(3 * scores["mse"])
     for name in ("one.png", "sub/two.png"):
         sheet = np.array(Image.open(folder / name))

@@ -45,8 +45,10 @@ def test_names_in_any_encoding(tmp_path):
     odd = os.fsdecode(b"\xff.png")
     root = fill(tmp_path / "photos", apart, odd)
     assert make("single", root).files == 2
-    things = [{"image": composed, "objects": [{"label": 1, "box": [0, 0, 2, 2]}]},
-              {"image": odd, "objects": [{"label": 2, "box": [0, 0, 2, 2]}]}]  # fmt: skip
+    things = [
+        {"image": composed, "objects": [{"label": 1, "box": [0, 0, 2, 2]}]},
+        {"image": odd, "objects": [{"label": 2, "box": [0, 0, 2, 2]}]},
+    ]
     (tmp_path / "a.json").write_text(json.dumps(things))
     plan = make("pairs", root, images=4, annotations=(f"{tmp_path / 'a.json'}:boxes",))
     assert {picture.drawn[1] for picture in plan.draw(0) if picture.drawn} == {composed, odd}
@@ -177,9 +179,11 @@ def test_drawn_annotations(tmp_path):
     assert plan.notes == ["1 of 3 images have nothing to draw: left out"]
     drawn = {(p.path.rsplit("/")[-1], p.drawn) for p in plan.draw(0)}
     assert drawn == {
-        ("a.jpg", ()), ("b.jpg", ()),
-        ("a.jpg", (f"{path}:boxes", "a.jpg")), ("b.jpg", (f"{path}:boxes", "b.jpg")),
-    }  # fmt: skip
+        ("a.jpg", ()),
+        ("b.jpg", ()),
+        ("a.jpg", (f"{path}:boxes", "a.jpg")),
+        ("b.jpg", (f"{path}:boxes", "b.jpg")),
+    }
     fill(tmp_path / "photo", "d.jpg")
     with pytest.raises(records.DataError, match=r"x\.json: says nothing about .*d\.jpg"):
         make("pairs", root, annotations=(f"{path}:boxes",), images=4)

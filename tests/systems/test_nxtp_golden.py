@@ -27,10 +27,15 @@ class Golden:
         self.cfg = network.NxtpConfig(
             clip.VisionConfig(v["width"], v["layers"], v["patch"], v["image_size"]),
             llama.LlamaConfig(
-                d["vocab_total"], d["dim"], d["blocks"], d["ffn_hidden"], d["heads"],
-                rms_eps=d["norm_eps"], max_tokens=d["max_seq_len"],
+                d["vocab_total"],
+                d["dim"],
+                d["blocks"],
+                d["ffn_hidden"],
+                d["heads"],
+                rms_eps=d["norm_eps"],
+                max_tokens=d["max_seq_len"],
             ),
-        )  # fmt: skip
+        )
         self.task = task.NxtpTask(self.cfg, delimiter_id=self.meta["config"]["ids"]["delimiter"])
         tensors = readers.read(folder / "checkpoint.safetensors")
         self.params = nxtp.from_tensors(tensors, self.task.network.abstract())
@@ -153,9 +158,11 @@ def test_captions_see_the_image_and_what_came_before(golden, batch):
     ids, targets = golden.io["train_tokens_caps"], golden.io["train_target_caps"][:, 10:]
     targets = np.pad(targets, ((0, 0), (0, 1)), constant_values=-1)
     captions = {
-        **batch, "tokens": np.where(ids < 0, 353, ids), "targets": targets,
+        **batch,
+        "tokens": np.where(ids < 0, 353, ids),
+        "targets": targets,
         "weights": (targets >= 0).astype(np.float32),
-    }  # fmt: skip
+    }
 
     @jax.jit
     def run(params):
@@ -221,9 +228,15 @@ def test_loss_and_gradients(golden, gradients, chunked):
 def test_one_update(golden, gradients):
     learned, ((_, made), _) = gradients
     config = optim.OptimConfig(
-        lr=1e-3, schedule="constant", b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.1,
-        decay=r"(kernel|final_norm/scale)$", clip_norm=0.0,
-    )  # fmt: skip
+        lr=1e-3,
+        schedule="constant",
+        b1=0.9,
+        b2=0.98,
+        eps=1e-6,
+        weight_decay=0.1,
+        decay=r"(kernel|final_norm/scale)$",
+        clip_norm=0.0,
+    )
     optimizer = optim.make_optimizer(config, 10)
     import optax
 
@@ -247,9 +260,10 @@ def test_one_update(golden, gradients):
 
 def test_one_shot_of_the_task(golden, batch):
     found = jax.jit(golden.task.predict["one_shot"])(
-        golden.params, {**batch, "prompt": np.tile(golden.formatter.vocabulary.prompt(), (4, 1))},
+        golden.params,
+        {**batch, "prompt": np.tile(golden.formatter.vocabulary.prompt(), (4, 1))},
         jax.random.key(0),
-    )  # fmt: skip
+    )
     raw = golden.io["oneshot_k10_tokens_raw"].reshape(4, 10, -1)[:, :, 8:]
     ids = np.asarray(found["ids"])
     for i in range(4):

@@ -103,8 +103,11 @@ def test_fewer_labels_are_the_first_ones(tmp_path):
     assert points[1]["recall"] == pytest.approx(COS30)
     by_threshold = {p["threshold"]: p["recall"] for p in curves["threshold"][""]}
     assert by_threshold == {
-        0.0: pytest.approx(COS30), 0.3: pytest.approx(COS30), 0.5: pytest.approx(COS30), 1.0: 0
-    }  # fmt: skip
+        0.0: pytest.approx(COS30),
+        0.3: pytest.approx(COS30),
+        0.5: pytest.approx(COS30),
+        1.0: 0,
+    }
 
 
 def test_files(tmp_path, capsys):
@@ -131,9 +134,16 @@ def test_labels_are_first_embedded_all_at_once(monkeypatch):
 
 def test_table_beside_the_paper():
     found = label_match.Evaluator(published="coco").table(
-        dict(recall=0.5, precision=0.25, f1=1 / 3, images=7, frequent_recall=0.1,
-             frequent_precision=0.1, frequent_f1=0.1)
-    )  # fmt: skip
+        dict(
+            recall=0.5,
+            precision=0.25,
+            f1=1 / 3,
+            images=7,
+            frequent_recall=0.1,
+            frequent_precision=0.1,
+            frequent_f1=0.1,
+        )
+    )
     lines = found.splitlines()
     assert lines[0] == "Top 10 on coco, 7 images, embedding minilm"
     assert lines[4] == "| **this run** | measured | | 0.500 | 0.250 | 0.333 |"
@@ -234,8 +244,11 @@ class JaxTask:
 
 
 def test_through_the_runner(tmp_path):
-    rows = [{"id": "a", "grey": 0, "labels": ["dog"]}, {"id": "b", "grey": 100, "labels": ["car"]},
-            {"id": "c", "grey": 200, "labels": ["dog", "cat"]}]  # fmt: skip
+    rows = [
+        {"id": "a", "grey": 0, "labels": ["dog"]},
+        {"id": "b", "grey": 100, "labels": ["car"]},
+        {"id": "c", "grey": 200, "labels": ["dog", "cat"]},
+    ]
     data = dict(mixture=dict(m=dict(type="memory", records=rows)))
     entry = dict(type="label_match", data=data, baseline=data, batch_size=2, k=2, ks=(1, 2))
     (evaluation,) = evaluate.make({"labels": entry})

@@ -59,9 +59,13 @@ def test_reference_lists(decode, tag, by):
     ]
     cosines = [label_lists.cosines_with(table, x) for x in io["image_tokens_with_cls"][:, 1:]]
     ranked = functools.partial(
-        label_lists.rank_all, one_shot_result(tag), decode, delimiter_id=DELIMITER, by=by,
+        label_lists.rank_all,
+        one_shot_result(tag),
+        decode,
+        delimiter_id=DELIMITER,
+        by=by,
         cosines=cosines,
-    )  # fmt: skip
+    )
     expected = meta["oneshot"][tag][THEIR_NAMES.get(by, by)]
     for labels, want in zip(ranked(reference=True), expected, strict=True):
         assert_labels(labels, want)
@@ -115,12 +119,25 @@ def spell(ids):
 def test_by_hand():
     found = one_shot.OneShot(
         np.array([[[1, 2, 3], [4, 3, -1], [1, 2, 3], [4, 4, 4], [3, -1, -1], [5, 3, -1]]]),
-        np.array([[[0.5, 0.8, 0.5], [0.3, 0.5, 1], [0.1, 0.9, 1], [0.5, 0.5, 0.5], [0.4, 1, 1],
-                   [0.3, 0.9, 1]]]),
+        np.array(
+            [
+                [
+                    [0.5, 0.8, 0.5],
+                    [0.3, 0.5, 1],
+                    [0.1, 0.9, 1],
+                    [0.5, 0.5, 0.5],
+                    [0.4, 1, 1],
+                    [0.3, 0.9, 1],
+                ]
+            ]
+        ),
         np.array([[3, 2, 3, 3, 1, 2]]),
         np.array([[True, True, True, False, True, True]]),
-    )  # fmt: skip
-    run = lambda **kw: label_lists.rank_all(found, spell, delimiter_id=3, **kw)[0]  # noqa: E731
+    )
+
+    def run(**kw):
+        return label_lists.rank_all(found, spell, delimiter_id=3, **kw)[0]
+
     assert_labels(run(), [("sofa", 0.29), ("cat", 0.15)])
     assert_labels(run(by="first"), [("sofa", 0.6), ("cat", 0.3)])
     cut = run(unfinished=True)

@@ -29,8 +29,16 @@ def files(golden_nxtp, tmp_path_factory):
         name: torch.tensor(tensors[name.removeprefix("module.")])
         for name in meta["checkpoint_trainable_keys_released_form"]
     }
-    torch.save({"epoch": 3, "global_step": 9, "model": released, "optimizer": {"state": {}},
-                "scheduler": {"last_epoch": 9}}, folder / "released.pth")  # fmt: skip
+    torch.save(
+        {
+            "epoch": 3,
+            "global_step": 9,
+            "model": released,
+            "optimizer": {"state": {}},
+            "scheduler": {"last_epoch": 9},
+        },
+        folder / "released.pth",
+    )
     tower = {
         name.replace("vision_encoder.", "visual."): torch.tensor(tensors[name])
         for name in tensors
@@ -53,18 +61,25 @@ def files(golden_nxtp, tmp_path_factory):
 def loaded(files):
     folder = files[0]
     return vlm_jax.load(
-        "nxtp", str(folder / "released.pth"), clip=str(folder / "clip.pt"),
+        "nxtp",
+        str(folder / "released.pth"),
+        clip=str(folder / "clip.pt"),
         llama=str(folder / "llama"),
-    )  # fmt: skip
+    )
 
 
 def test_pictures_of_every_kind_get_equal_labels(files, loaded):
     folder, photos, _, _ = files
     photo, path = photos[0], folder / "0.png"
     kinds = [
-        str(path), path.read_bytes(), f"file://{path}", Image.open(path), photo / 255.0,
-        jax.numpy.asarray(photo), np.dstack([photo, photo[..., 0]]),
-    ]  # fmt: skip
+        str(path),
+        path.read_bytes(),
+        f"file://{path}",
+        Image.open(path),
+        photo / 255.0,
+        jax.numpy.asarray(photo),
+        np.dstack([photo, photo[..., 0]]),
+    ]
     assert loaded.label(kinds, k=3) == loaded.label([photo] * len(kinds), k=3)
     with pytest.raises(ValueError, match=r"picture 1: shape .* is \[C, H, W\]"):
         loaded.label([photo, photo.transpose(2, 0, 1)])
@@ -145,9 +160,11 @@ def test_what_is_missing_is_named(files, golden_nxtp, tmp_path):
         vlm_jax.load("nxtp", released, clip=str(folder / "clip.pt"))
     with pytest.raises(errors.WeightsError, match="params.json"):
         vlm_jax.load(
-            "nxtp", released, clip=str(folder / "clip.pt"),
+            "nxtp",
+            released,
+            clip=str(folder / "clip.pt"),
             tokenizer=str(folder / "llama" / "tokenizer.model"),
-        )  # fmt: skip
+        )
     (tmp_path / "params.json").write_text(json.dumps(PARAMS_JSON | {"dim": 32}))
     (tmp_path / "tokenizer.model").write_bytes((golden_nxtp / "tokenizer.model").read_bytes())
     with pytest.raises(nxtp.convert.ConversionError, match="tok_embeddings"):
@@ -183,18 +200,32 @@ def test_command_line(files, tmp_path, capsys):
     from vlm_jax import predict
 
     folder, _, meta, _ = files
-    predict.main([
-        "nxtp", f"--checkpoint={folder / 'released.pth'}", f"--clip={folder / 'clip.pt'}",
-        f"--llama={folder / 'llama'}", "--image", str(folder / "0.png"), str(folder / "1.png"),
-        "--k=10", f"--out={tmp_path}", "--attention",
-    ])  # fmt: skip
+    predict.main(
+        [
+            "nxtp",
+            f"--checkpoint={folder / 'released.pth'}",
+            f"--clip={folder / 'clip.pt'}",
+            f"--llama={folder / 'llama'}",
+            "--image",
+            str(folder / "0.png"),
+            str(folder / "1.png"),
+            "--k=10",
+            f"--out={tmp_path}",
+            "--attention",
+        ]
+    )
     assert "0.14064  chair" in capsys.readouterr().out
     content = json.loads((tmp_path / "labels.json").read_text())
     assert [entry["labels"][0][0] for entry in content] == ["chair", "chair"]
     made = sorted(path.name for path in tmp_path.iterdir())
-    assert made == ["0_attention_layer_0.png", "0_attention_layer_1.png",
-                    "1_attention_layer_0.png", "1_attention_layer_1.png", "labels.json",
-                    "labels.png"]  # fmt: skip
+    assert made == [
+        "0_attention_layer_0.png",
+        "0_attention_layer_1.png",
+        "1_attention_layer_0.png",
+        "1_attention_layer_1.png",
+        "labels.json",
+        "labels.png",
+    ]
     assert Image.open(tmp_path / "labels.png").size[0] > 300
 
 
@@ -244,15 +275,26 @@ def test_many_photos_go_on_where_they_stopped(files, loaded, tmp_path, monkeypat
     out = tmp_path / "labels.jsonl"
 
     def run(*arguments, out=out):
-        predict.main(["nxtp", "--checkpoint=x", "--k=3", "--batch_size=2", f"--out={out}",
-                      "--image", *map(str, arguments)])  # fmt: skip
+        predict.main(
+            [
+                "nxtp",
+                "--checkpoint=x",
+                "--k=3",
+                "--batch_size=2",
+                f"--out={out}",
+                "--image",
+                *map(str, arguments),
+            ]
+        )
         return [json.loads(line) for line in out.read_text().splitlines()]
 
     rows = run(folder / "1.png")
     rows = run(tmp_path / "photos")
     assert [row["id"] for row in rows] == [
-        str(folder / "1.png"), str(odd), *(str(folder / f"{i}.png") for i in (0, 2, 3))
-    ]  # fmt: skip
+        str(folder / "1.png"),
+        str(odd),
+        *(str(folder / f"{i}.png") for i in (0, 2, 3)),
+    ]
     expected = loaded.label(photos, k=3)
     for row, labels in zip(rows, [expected[i] for i in (1, 0, 0, 2, 3)]):
         assert [name for name, _ in row["labels"]] == [name for name, _ in labels]
@@ -263,8 +305,9 @@ def test_many_photos_go_on_where_they_stopped(files, loaded, tmp_path, monkeypat
         stream.write('{"id": "cut off')
     assert run(f"{folder}/[0-9].png") == rows
     csv_rows = tmp_path / "labels.csv"
-    predict.main(["nxtp", "--checkpoint=x", "--k=3", f"--out={csv_rows}", "--image",
-                  str(folder / "0.png")])  # fmt: skip
+    predict.main(
+        ["nxtp", "--checkpoint=x", "--k=3", f"--out={csv_rows}", "--image", str(folder / "0.png")]
+    )
     lines = csv_rows.read_text().splitlines()
     assert lines[0] == "id,rank,label,score" and lines[1].split(",")[1:3] == ["1", "chair"]
     for arguments, status, words in (
@@ -276,6 +319,16 @@ def test_many_photos_go_on_where_they_stopped(files, loaded, tmp_path, monkeypat
             predict.main(["nxtp", "--checkpoint=x", f"--out={target}", *arguments])
         assert stopped.value.code == status and words in capsys.readouterr().err
     monkeypatch.setattr(command_line, "_SHOWN", 2)
-    predict.main(["nxtp", "--checkpoint=x", "--k=3", f"--out={tmp_path / 'made'}", "--image",
-                  str(folder), "--num_processes=2", "--process_id=1"])  # fmt: skip
+    predict.main(
+        [
+            "nxtp",
+            "--checkpoint=x",
+            "--k=3",
+            f"--out={tmp_path / 'made'}",
+            "--image",
+            str(folder),
+            "--num_processes=2",
+            "--process_id=1",
+        ]
+    )
     assert "labels-00001-of-00002.png shows 2 of 3 photos" in capsys.readouterr().out

@@ -33,7 +33,10 @@ def task():
 @pytest.fixture(scope="module")
 def params(task):
     rng = np.random.default_rng(0)
-    draw = lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype)  # noqa: E731
+
+    def draw(x):
+        return rng.normal(0, 0.1, x.shape).astype(x.dtype)
+
     return jax.tree.map(draw, jax.eval_shape(task.init, jax.random.key(0)))
 
 
@@ -76,8 +79,10 @@ def test_every_parameter_has_a_rule_and_every_rule_a_parameter(task):
     ]
     # Of CLIP's text tower and projection, and of the other image tower.
     assert unused == [
-        r"^vision/table$", r"^vision/projection/kernel$", r"^vision/vgg/conv/\d+/(kernel|bias)$"
-    ]  # fmt: skip
+        r"^vision/table$",
+        r"^vision/projection/kernel$",
+        r"^vision/vgg/conv/\d+/(kernel|bias)$",
+    ]
 
 
 def test_a_batch_that_fits(task, params):
@@ -190,8 +195,9 @@ def test_starting_points():
 def test_decoder_starts_from_a_language_model(tmp_path, task):
     base = llama_model.LlamaConfig(64, 32, 3, 64, 2, rms_eps=1e-5)
     rng = np.random.default_rng(0)
-    full = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype),
-                        llama.abstract_params(base))  # fmt: skip
+    full = jax.tree.map(
+        lambda x: rng.normal(size=x.shape).astype(x.dtype), llama.abstract_params(base)
+    )
     export.write(tmp_path, export.hf(llama, full, base))
     made = nxtp.load_upstream(f"llama={tmp_path}", task)
     abstract = jax.eval_shape(task.init, jax.random.key(0))
@@ -257,9 +263,13 @@ def test_no_involuntary_rematerialization():
     env["TF_CPP_MIN_LOG_LEVEL"] = "0"
     root = pathlib.Path(__file__).parents[2]
     out = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=900, env=env,
+        [sys.executable, "-c", COMPILE],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=env,
         cwd=root,
-    )  # fmt: skip
+    )
     assert "compiled" in out.stdout, out.stderr[-3000:]
     assert not re.search("involuntary full remat", out.stderr, re.IGNORECASE), out.stderr
 
@@ -270,11 +280,17 @@ def test_a_run_of_our_own_labels_photos(tmp_path, smollm2_words):
     words = smollm2_words
     decoder = dict(preset="smollm2", width=24, depth=1, mlp_width=16, num_heads=4, num_kv_heads=2)
     task = nxtp.make_task(
-        dict(vision=dict(preset="tiny"), decoder=decoder), delimiter_id=words.delimiter_id,
-        tokenizer="smollm2", k=5, max_tokens=3,
-    )  # fmt: skip
+        dict(vision=dict(preset="tiny"), decoder=decoder),
+        delimiter_id=words.delimiter_id,
+        tokenizer="smollm2",
+        k=5,
+        max_tokens=3,
+    )
     rng = np.random.default_rng(0)
-    draw = lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype)  # noqa: E731
+
+    def draw(x):
+        return rng.normal(0, 0.1, x.shape).astype(x.dtype)
+
     params = jax.tree.map(draw, jax.eval_shape(task.init, jax.random.key(0)))
     formatter = nxtp.make_formatter(tokenizer="smollm2", image_size=32, max_tokens=16)
     record = {"image_u8": rng.integers(0, 255, (40, 50, 3), np.uint8), "labels": ["dog", "cat"]}
@@ -291,8 +307,9 @@ def test_a_run_of_our_own_labels_photos(tmp_path, smollm2_words):
     assert len(unfinished) == 5 and unfinished[0][1] >= unfinished[-1][1] > 0
     assert [n for n, _ in model.label([record["image_u8"]], k=5, max_tokens=3)[0]] == names
     assert model.attention(record["image_u8"]).shape == (1, 4, 24, 24)
-    other = nxtp.make_task(dict(vision=dict(preset="tiny"), decoder=dict(preset="tiny")),
-                           delimiter_id=5)  # fmt: skip
+    other = nxtp.make_task(
+        dict(vision=dict(preset="tiny"), decoder=dict(preset="tiny")), delimiter_id=5
+    )
     with pytest.raises(ValueError, match="the tokenizer has 49154 ids"):
         nxtp.from_run(other, formatter, jax.eval_shape(other.init, jax.random.key(0)))
 

@@ -26,11 +26,20 @@ def sentencepiece_file(text):
     """A SentencePiece model with the options of LLaMA 1 and 2."""
     spm = pytest.importorskip("sentencepiece")
     spm.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(text.parent / "tokenizer"), vocab_size=360,
-        model_type="bpe", byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-        minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        input=str(text),
+        model_prefix=str(text.parent / "tokenizer"),
+        vocab_size=360,
+        model_type="bpe",
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         split_digits=True,
-    )  # fmt: skip
+    )
     return text.parent / "tokenizer.model"
 
 
@@ -90,9 +99,11 @@ def byte_level(text, folder, special, **config):
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, show_progress=False,
+        vocab_size=400,
+        special_tokens=special,
+        show_progress=False,
         initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train([str(text)], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     if config:
@@ -100,15 +111,23 @@ def byte_level(text, folder, special, **config):
     return tokenizer
 
 
-@pytest.mark.parametrize("special, config, begin, end", [
-    (["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"], {}, 0, 1),
-    (["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],
-     dict(bos_token={"content": "<|begin_of_text|>"}, eos_token="<|eot_id|>"), 0, 2),
-    (["<|endoftext|>"], {}, 0, 0),
-    (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], dict(bos_token=None), 1, 2),
-    (["<pad>", "<eos>", "<bos>"], {}, 2, 1),
-    (["<A>", "<B>", "<s>", "</s>"], dict(bos_token="<A>", eos_token="<B>"), 0, 1),
-], ids=["llama3", "llama3 instruct", "gpt2", "chatml", "gemma", "named"])  # fmt: skip
+@pytest.mark.parametrize(
+    "special, config, begin, end",
+    [
+        (["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"], {}, 0, 1),
+        (
+            ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],
+            dict(bos_token={"content": "<|begin_of_text|>"}, eos_token="<|eot_id|>"),
+            0,
+            2,
+        ),
+        (["<|endoftext|>"], {}, 0, 0),
+        (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], dict(bos_token=None), 1, 2),
+        (["<pad>", "<eos>", "<bos>"], {}, 2, 1),
+        (["<A>", "<B>", "<s>", "</s>"], dict(bos_token="<A>", eos_token="<B>"), 0, 1),
+    ],
+    ids=["llama3", "llama3 instruct", "gpt2", "chatml", "gemma", "named"],
+)
 def test_begin_and_end(text, tmp_path, special, config, begin, end):
     tokenizer = byte_level(text, tmp_path, special, **config)
     words = vocabulary.load(str(tmp_path))

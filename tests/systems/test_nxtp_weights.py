@@ -16,8 +16,13 @@ from vlm_jax.systems.nxtp import weights as nxtp
 from vlm_jax.weights import clip, convert, errors, export, lazy, llama, readers
 
 # Ours has no copy of CLIP's logit_scale, which the network never reads.
-PARAMETERS = {1: 771_921_921, 3: 1_176_688_641, 6: 1_783_838_721, 12: 2_998_138_881,
-              32: 7_045_806_081}  # fmt: skip
+PARAMETERS = {
+    1: 771_921_921,
+    3: 1_176_688_641,
+    6: 1_783_838_721,
+    12: 2_998_138_881,
+    32: 7_045_806_081,
+}
 
 
 def full_size(depth=6):
@@ -34,10 +39,15 @@ def tiny_config(meta):
     return network.NxtpConfig(
         clip_model.VisionConfig(v["width"], v["layers"], v["patch"], v["image_size"]),
         llama_model.LlamaConfig(
-            d["vocab_total"], d["dim"], d["blocks"], d["ffn_hidden"], d["heads"],
-            rms_eps=d["norm_eps"], max_tokens=d["max_seq_len"],
+            d["vocab_total"],
+            d["dim"],
+            d["blocks"],
+            d["ffn_hidden"],
+            d["heads"],
+            rms_eps=d["norm_eps"],
+            max_tokens=d["max_seq_len"],
         ),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +84,9 @@ def test_every_tensor_of_the_real_model_has_its_place(golden_nxtp):
 def test_what_learns_is_what_is_released(golden_nxtp):
     manifest = json.loads((golden_nxtp / "real_model_manifest.json").read_text())["model"]
 
-    learned = {p: x for p, x in functional.flatten(full_size()).items()
-               if re.search(nxtp.trained(24), p)}  # fmt: skip
+    learned = {
+        p: x for p, x in functional.flatten(full_size()).items() if re.search(nxtp.trained(24), p)
+    }
     released = sum(int(np.prod(e["shape"])) for e in manifest if e["released"])
     assert released == 1_556_238_336
     # The reference stores its whole table and masks the gradient of all rows but one.
@@ -97,8 +108,11 @@ def test_there_and_back(golden, tmp_path):
 
 def split_checkpoint(tensors, folder, depth, trained=1):
     """A CLIP file and the names that a released file would hold."""
-    vision = {name.replace("vision_encoder.", "visual."): tensors[name] for name in tensors
-              if name.startswith("vision_encoder.") and "proj.weight" != name[15:]}  # fmt: skip
+    vision = {
+        name.replace("vision_encoder.", "visual."): tensors[name]
+        for name in tensors
+        if name.startswith("vision_encoder.") and "proj.weight" != name[15:]
+    }
     vision["visual.proj"] = np.zeros((128, 64), np.float32)  # discarded
     vision["token_embedding.weight"] = np.zeros((10, 8), np.float32)
     return vision
@@ -132,8 +146,9 @@ def test_released_file_over_clip(golden, tmp_path, suffix):
 def test_a_padded_table_loses_its_unused_rows(layout):
     base = llama_model.LlamaConfig(20, 16, 1, 24, 2)
     rng = np.random.default_rng(1)
-    full = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype),
-                        llama.abstract_params(base))  # fmt: skip
+    full = jax.tree.map(
+        lambda x: rng.normal(size=x.shape).astype(x.dtype), llama.abstract_params(base)
+    )
     rules = dict(hf=llama.HF_RULES, easylm=llama.EASYLM_RULES, native=convert.NATIVE_RULES)[layout]
     stored = lazy.Tensors(convert.revert(full, rules), "x")
     made = nxtp.decoder_from_llama(stored, dataclasses.replace(base, vocab_size=18 + 2))

@@ -74,7 +74,10 @@ def test_losses_by_hand():
         patch_discriminator.discriminator_loss_b(real, fake, "hinge"), [0.625]
     )
     np.testing.assert_allclose(patch_discriminator.generator_loss_b(fake, "hinge"), [1.0])
-    softplus = lambda x: np.log1p(np.exp(x))  # noqa: E731
+
+    def softplus(x):
+        return np.log1p(np.exp(x))
+
     np.testing.assert_allclose(
         patch_discriminator.generator_loss_b(fake, "non_saturating"),
         [(softplus(3.0) + softplus(-1.0)) / 2],
@@ -90,7 +93,10 @@ def test_losses_by_hand():
 
 def test_gradient_penalty_by_hand():
     # The logit is 3 times the sum of an image: every pixel's derivative is 3.
-    discriminate = lambda x: 3.0 * x.sum((1, 2, 3))[:, None, None]  # noqa: E731
+
+    def discriminate(x):
+        return 3.0 * x.sum((1, 2, 3))[:, None, None]
+
     penalty = patch_discriminator.gradient_penalty_b(discriminate, jnp.ones((2, 2, 2, 3)))
     np.testing.assert_allclose(penalty, [0.5 * 9 * 12] * 2)
 
@@ -112,7 +118,10 @@ def test_discriminator_shapes_and_parameters():
 def test_adaptive_weight_by_hand():
     """One pixel, one channel, a 1x1 kernel: recon = 2 k; the losses 3 recon and recon / 2."""
     features = jnp.full((1, 1, 1, 1), 2.0)
-    last_conv = lambda k: conv.conv2d(features, k, jnp.zeros(1), padding=((0, 0), (0, 0)))  # noqa: E731
+
+    def last_conv(k):
+        return conv.conv2d(features, k, jnp.zeros(1), padding=((0, 0), (0, 0)))
+
     to_recon, to_gan = jnp.full((1, 1, 1, 1), 3.0), jnp.full((1, 1, 1, 1), 0.5)
     kernel = jnp.ones((1, 1, 1, 1))
     weight = adversary.adaptive_weight(last_conv, kernel, to_recon, to_gan)

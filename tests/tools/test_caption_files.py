@@ -89,8 +89,9 @@ def test_lines_that_are_not_what_they_should_be(tmp_path, monkeypatch):
     assert list(causes(write(tmp_path, ".txt", b"a\n" + long + b"\nb\n"))) == ["2"]
     assert list(causes(write(tmp_path, ".csv", b"a,b\n1,2\n" + long + b",1\n3,4\n"), "a")) == ["3"]
     assert list(causes(write(tmp_path, ".tar", tar_of([("a.txt", long), ("b.jpg", b"")])))) == [
-        "a", "b",
-    ]  # fmt: skip
+        "a",
+        "b",
+    ]
 
 
 def test_a_quote_that_never_ends_costs_one_field_at_most(tmp_path):

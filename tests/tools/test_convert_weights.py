@@ -53,8 +53,16 @@ def test_report_of_hf_to_native_and_back(tmp_path, source, capsys):
 def test_easylm_stream_to_hf(tmp_path, golden_lvm, source, capsys):
     stream = source / "streaming_params"
     stream.write_bytes((golden_lvm / "streaming_params_bf16.msgpack").read_bytes())
-    assert run(f"--from=params::{stream}", f"--to={tmp_path / 'out'}", "--system=lvm",
-               "--format=hf", "--dtype=float32") == 0  # fmt: skip
+    assert (
+        run(
+            f"--from=params::{stream}",
+            f"--to={tmp_path / 'out'}",
+            "--system=lvm",
+            "--format=hf",
+            "--dtype=float32",
+        )
+        == 0
+    )
     assert "easylm layout, bfloat16" in capsys.readouterr().out
     cfg, _ = llama.load(tmp_path / "out")
     assert cfg.vocab_size == 100
@@ -69,8 +77,15 @@ def test_ignored_tensors_are_reported(tmp_path, source, capsys):
     state = {name: torch.tensor(tensors[name]) for name in tensors}
     extra = "model.layers.0.self_attn.rotary_emb.inv_freq"
     torch.save(state | {extra: torch.zeros(8)}, source / "model.bin")
-    assert run(f"--from={source / 'model.bin'}", f"--to={tmp_path / 'o'}", "--system=lvm",
-               "--format=native") == 0  # fmt: skip
+    assert (
+        run(
+            f"--from={source / 'model.bin'}",
+            f"--to={tmp_path / 'o'}",
+            "--system=lvm",
+            "--format=native",
+        )
+        == 0
+    )
     assert f"ignored   {extra}\n" in capsys.readouterr().out
 
 
@@ -78,8 +93,10 @@ def test_vqgan(tmp_path, golden_lvm, capsys):
     fields = json.loads((golden_lvm / "config.json").read_text())["vqgan"]
     (tmp_path / "config.json").write_text(json.dumps(fields))
     (tmp_path / "t.safetensors").write_bytes((golden_lvm / "vqgan.safetensors").read_bytes())
-    assert run(f"--from={tmp_path}", f"--to={tmp_path / 'out'}", "--system=vqgan",
-               "--format=native") == 0  # fmt: skip
+    assert (
+        run(f"--from={tmp_path}", f"--to={tmp_path / 'out'}", "--system=vqgan", "--format=native")
+        == 0
+    )
     assert "read      181 tensors, hf layout" in capsys.readouterr().out
     assert "quantize/embedding" in readers.read(tmp_path / "out")
 
@@ -95,8 +112,16 @@ def test_vqgan(tmp_path, golden_lvm, capsys):
 )
 def test_bad_input_is_one_message_and_exit_code_1(tmp_path, source, capsys, change, message):
     flags = dict(source=source, system="lvm", preset="") | change
-    assert run(f"--from={flags['source']}", f"--to={tmp_path / 'out'}", "--format=hf",
-               f"--system={flags['system']}", f"--preset={flags['preset']}") == 1  # fmt: skip
+    assert (
+        run(
+            f"--from={flags['source']}",
+            f"--to={tmp_path / 'out'}",
+            "--format=hf",
+            f"--system={flags['system']}",
+            f"--preset={flags['preset']}",
+        )
+        == 1
+    )
     captured = capsys.readouterr()
     assert captured.err.startswith("convert_weights: ") and message in captured.err
     assert captured.out == "" and not (tmp_path / "out").exists()
@@ -135,8 +160,15 @@ def test_the_dtype_that_holds_a_mixture(names, expected):
 @pytest.mark.parametrize("part", ["", "checkpoints", "checkpoints/7"])
 def test_a_run_in_every_layout(make_run, tmp_path, capsys, system, form, part):
     workdir, task, params = make_run(system)
-    assert run(f"--from={workdir / part}", f"--to={tmp_path / 'out'}", f"--system={system}",
-               f"--format={form}") == 0  # fmt: skip
+    assert (
+        run(
+            f"--from={workdir / part}",
+            f"--to={tmp_path / 'out'}",
+            f"--system={system}",
+            f"--format={form}",
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "parameters, step 7, float32: " in out
     assert f"source    {workdir / 'checkpoints' / '7'}" in out or part == "checkpoints/7"
@@ -184,19 +216,33 @@ def test_released_nxtp_to_another_format(tmp_path, golden_nxtp):
     pytest.importorskip("torch")
     source, file = golden_nxtp / "checkpoint.safetensors", tmp_path / "out.pth"
     meta = json.loads((golden_nxtp / "meta.json").read_text())["config"]["decoder"]
-    sizes = dict(dim=meta["dim"], n_layers=meta["blocks"], n_heads=meta["heads"],
-                 norm_eps=meta["norm_eps"], multiple_of=meta["ffn_hidden"])  # fmt: skip
+    sizes = dict(
+        dim=meta["dim"],
+        n_layers=meta["blocks"],
+        n_heads=meta["heads"],
+        norm_eps=meta["norm_eps"],
+        multiple_of=meta["ffn_hidden"],
+    )
     (tmp_path / "params.json").write_text(json.dumps(sizes))
-    assert run(f"--from={source}", f"--to={file}", "--system=nxtp", "--format=upstream",
-               f"--llama={tmp_path}") == 0  # fmt: skip
+    assert (
+        run(
+            f"--from={source}",
+            f"--to={file}",
+            "--system=nxtp",
+            "--format=upstream",
+            f"--llama={tmp_path}",
+        )
+        == 0
+    )
     before, after = readers.read(source), readers.read(file)
     assert set(before) == set(after)
     for name in set(before) - {"vision_encoder.logit_scale"}:  # read by nobody, and not kept
         np.testing.assert_allclose(after[name], before[name], rtol=1e-6)
 
 
-@pytest.mark.parametrize("form, target", [("hf", "out"), ("upstream", "out.pt"),
-                                          ("upstream", "out.safetensors")])  # fmt: skip
+@pytest.mark.parametrize(
+    "form, target", [("hf", "out"), ("upstream", "out.pt"), ("upstream", "out.safetensors")]
+)
 def test_clip(tmp_path, form, target):
     pytest.importorskip("torch")
     cfg = clip_model.ClipConfig(
@@ -210,8 +256,10 @@ def test_clip(tmp_path, form, target):
     )
     source = tmp_path / "clip.pt"
     export.write_file(source, clip.openai_checkpoint(params, "float32"))
-    assert run(f"--from={source}", f"--to={tmp_path / target}", "--system=clip",
-               f"--format={form}") == 0  # fmt: skip
+    assert (
+        run(f"--from={source}", f"--to={tmp_path / target}", "--system=clip", f"--format={form}")
+        == 0
+    )
     made_cfg, made = clip.load(tmp_path / target)
     assert {x.heads for x in (made_cfg.vision, made_cfg.text)} == {2, 1}
     jax.tree.map(np.testing.assert_array_equal, made, params)
@@ -232,8 +280,15 @@ def test_clip(tmp_path, form, target):
 ])  # fmt: skip
 def test_layouts_that_a_system_has_not(make_run, tmp_path, capsys, system, form, target, message):
     workdir, *_ = make_run("nxtp")
-    assert run(f"--from={workdir}", f"--to={tmp_path / target}", f"--system={system}",
-               f"--format={form}") == 1  # fmt: skip
+    assert (
+        run(
+            f"--from={workdir}",
+            f"--to={tmp_path / target}",
+            f"--system={system}",
+            f"--format={form}",
+        )
+        == 1
+    )
     assert message in capsys.readouterr().err and not (tmp_path / target).exists()
 
 
@@ -247,8 +302,15 @@ def test_a_run_where_weights_are_wanted_names_the_command(make_run):
 @pytest.mark.slow
 def test_command_line_without_traceback(tmp_path, source):
     (source / "model.safetensors").write_bytes(b"\xff" * 100)
-    command = [sys.executable, "-m", "vlm_jax.tools.convert_weights", f"--from={source}",
-               f"--to={tmp_path / 'out'}", "--system=lvm", "--format=hf"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "vlm_jax.tools.convert_weights",
+        f"--from={source}",
+        f"--to={tmp_path / 'out'}",
+        "--system=lvm",
+        "--format=hf",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()

@@ -52,8 +52,9 @@ def test_a_language_model_to_take_away(run, tmp_path, monkeypatch):
     model = vlm_jax.load("lvm", str(folder))
     assert model.lead_ids == (1024,) and model.context_images == 4 and model.tokenizer.side == 8
     assert np.allclose(model.params["embed"]["table"], 0.01)  # the average
-    for here, there in zip(jax.tree.leaves(model.params),
-                           jax.tree.leaves(vlm_jax.load("lvm", str(run)).params)):  # fmt: skip
+    for here, there in zip(
+        jax.tree.leaves(model.params), jax.tree.leaves(vlm_jax.load("lvm", str(run)).params)
+    ):
         np.testing.assert_array_equal(here, there)  # and not a bit less
 
     monkeypatch.setattr(shipped.importlib.resources, "files", lambda package: tmp_path)
@@ -121,8 +122,13 @@ def test_what_is_no_such_run_is_one_line(make_run, tmp_path, capsys):
 
 
 def test_values_too_large_for_the_file_are_named(make_run, tmp_path, capsys):
-    workdir, *_ = make_run("vqgan", quant_conv={"kernel": np.ones((1, 1, 32, 8), np.float32),
-                                                "bias": np.full(8, 1e5, np.float32)})  # fmt: skip
+    workdir, *_ = make_run(
+        "vqgan",
+        quant_conv={
+            "kernel": np.ones((1, 1, 32, 8), np.float32),
+            "bias": np.full(8, 1e5, np.float32),
+        },
+    )
     assert command(workdir, tmp_path / "out", "--dtype=float16") == 1
     assert "quant_conv/bias: 8 of 8 values are too large for float16" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.safetensors*"))

@@ -153,10 +153,20 @@ def test_command_line_with_workers(tmp_path):
         write_shard(tmp_path / "s" / f"{i}.tar", ["A dog", "two cats"])
     root = pathlib.Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-m", "vlm_jax.tools.extract_labels", f"--path={tmp_path / 's'}",
-         f"--to={tmp_path / 'labels'}", "--tagger=textblob", "--workers=2"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}, cwd=tmp_path,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "vlm_jax.tools.extract_labels",
+            f"--path={tmp_path / 's'}",
+            f"--to={tmp_path / 'labels'}",
+            "--tagger=textblob",
+            "--workers=2",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("4 files done, 0 left alone, 8 captions, 8 labels")
     assert len(list((tmp_path / "labels" / "s").iterdir())) == 4

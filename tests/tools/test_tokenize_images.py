@@ -74,8 +74,13 @@ def test_ids_are_those_of_the_tokenizer(tmp_path, photos, tokenizer, capsys):
     assert {(s.num_images, s.source) for s in found} == {(1, "single")}
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["counts"] == {
-        "shards": 3, "sentences": 10, "images": 10, "files": 10, "bad_files": 0, "failures": 0,
-    }  # fmt: skip
+        "shards": 3,
+        "sentences": 10,
+        "images": 10,
+        "files": 10,
+        "bad_files": 0,
+        "failures": 0,
+    }
     assert (out / "failures.txt").read_text() == ""
     assert "10 sentences, 10 different images of 10 files" in capsys.readouterr().err
 
@@ -86,9 +91,9 @@ def test_colorization_tokenizes_unrounded_grey(tmp_path, photos, tokenizer):
     assert run(*flags, f"--out={out}") == 0
     found = sentences(out)
     assert len(found) == 10 and found[0].num_images == 4
-    colour = images.to01(np.stack([
-        images.resize(images.decode(photos / f"{n}.png"), SIDE) for n in range(10)
-    ]))  # fmt: skip
+    colour = images.to01(
+        np.stack([images.resize(images.decode(photos / f"{n}.png"), SIDE) for n in range(10)])
+    )
     grey_ids, ids = tokenizer.encode(images.grey(colour)), tokenizer.encode(colour)
     for epoch in (found[:5], found[5:]):
         rows = np.concatenate([s.tokens.reshape(2, 2, PER_IMAGE) for s in epoch])

@@ -15,11 +15,24 @@ from vlm_jax.weights import clip, convert, errors, export, lazy, readers, torchs
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-VISION = dict(hidden_size=48, intermediate_size=100, num_hidden_layers=3, num_attention_heads=4,
-              image_size=24, patch_size=8)  # fmt: skip
-TEXT = dict(hidden_size=32, intermediate_size=72, num_hidden_layers=2, num_attention_heads=2,
-            vocab_size=60, max_position_embeddings=11, eos_token_id=59,
-            bos_token_id=58)  # fmt: skip
+VISION = dict(
+    hidden_size=48,
+    intermediate_size=100,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=24,
+    patch_size=8,
+)
+TEXT = dict(
+    hidden_size=32,
+    intermediate_size=72,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    vocab_size=60,
+    max_position_embeddings=11,
+    eos_token_id=59,
+    bos_token_id=58,
+)
 
 
 @pytest.fixture(scope="module", params=["quick_gelu", "gelu"])

@@ -56,8 +56,11 @@ class Opcodes:
         args = (pid, offset, shape, strides, False)
         self.raw = (
             b"\x80\x02c__torch__\nNet\n)\x81}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n("
-            + self._tuple(args[0]) + b"Q" + b"".join(map(self._value, args[1:])) + b"tRsb."
-        )  # fmt: skip
+            + self._tuple(args[0])
+            + b"Q"
+            + b"".join(map(self._value, args[1:]))
+            + b"tRsb."
+        )
 
     def _tuple(self, values):
         return b"(" + b"".join(map(self._value, values)) + b"t"
@@ -86,8 +89,9 @@ def write_archive(folder, content=None, data=None, compression=zipfile.ZIP_STORE
     file = folder / "x.pt"
     with zipfile.ZipFile(file, "w", compression) as archive:
         archive.writestr("n/data.pkl", Opcodes().raw if content is None else content)
-        archive.writestr("n/data/0", np.arange(12, dtype=np.float32).tobytes() if data is None
-                         else data)  # fmt: skip
+        archive.writestr(
+            "n/data/0", np.arange(12, dtype=np.float32).tobytes() if data is None else data
+        )
         archive.writestr("n/constants.pkl", b"\x80\x02).")
     return "", file
 
@@ -127,8 +131,16 @@ def write_index(folder):
     return "", file
 
 
-WRITERS = [write_safetensors, write_torch, write_legacy, write_archive, write_stream, write_nested,
-           write_gguf, write_index]  # fmt: skip
+WRITERS = [
+    write_safetensors,
+    write_torch,
+    write_legacy,
+    write_archive,
+    write_stream,
+    write_nested,
+    write_gguf,
+    write_index,
+]
 
 
 # ---- mutations -------------------------------------------------------------------------------
@@ -190,14 +202,27 @@ def test_mutated_pickles_of_arrays(watched):
             pass
 
 
-@pytest.mark.parametrize("read, fields", [
-    (llama.config_from_hf, llama.config_to_hf(llama.PRESETS["lvm_debug"])),
-    (vqgan_weights.config_from_hf,
-     vqgan_weights.config_to_hf(vqgan_weights.PRESETS["tiny"])),
-    (bert.config_from_hf, dict(
-        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=8, max_position_embeddings=8, type_vocab_size=2, layer_norm_eps=1e-12)),
-], ids=["llama", "vqgan", "bert"])  # fmt: skip
+@pytest.mark.parametrize(
+    "read, fields",
+    [
+        (llama.config_from_hf, llama.config_to_hf(llama.PRESETS["lvm_debug"])),
+        (vqgan_weights.config_from_hf, vqgan_weights.config_to_hf(vqgan_weights.PRESETS["tiny"])),
+        (
+            bert.config_from_hf,
+            dict(
+                vocab_size=9,
+                hidden_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=8,
+                max_position_embeddings=8,
+                type_vocab_size=2,
+                layer_norm_eps=1e-12,
+            ),
+        ),
+    ],
+    ids=["llama", "vqgan", "bert"],
+)
 def test_configs_that_ask_for_what_cannot_be(tmp_path, watched, read, fields):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(fields))
@@ -215,13 +240,28 @@ def test_configs_that_ask_for_what_cannot_be(tmp_path, watched, read, fields):
 # ---- one by one ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [
-    dict(offset=-1), dict(offset=1), dict(offset=2**62), dict(strides=(-3, 1)),
-    dict(strides=(3, 2**60)), dict(strides=(4, 1)), dict(shape=(-4, -3)), dict(shape=(4, 4)),
-    dict(shape=(2**40, 2**40)), dict(shape=(10**6, 10**6), strides=(0, 0)), dict(offset=0.5),
-    dict(shape=(4.0, 3)), dict(strides=(3,)), dict(shape=(1,) * 40, strides=(1,) * 40),
-    dict(key="1"), dict(key="../data.pkl"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(offset=-1),
+        dict(offset=1),
+        dict(offset=2**62),
+        dict(strides=(-3, 1)),
+        dict(strides=(3, 2**60)),
+        dict(strides=(4, 1)),
+        dict(shape=(-4, -3)),
+        dict(shape=(4, 4)),
+        dict(shape=(2**40, 2**40)),
+        dict(shape=(10**6, 10**6), strides=(0, 0)),
+        dict(offset=0.5),
+        dict(shape=(4.0, 3)),
+        dict(strides=(3,)),
+        dict(shape=(1,) * 40, strides=(1,) * 40),
+        dict(key="1"),
+        dict(key="../data.pkl"),
+    ],
+    ids=str,
+)
 def test_views_that_leave_their_storage(tmp_path, fields):
     _, file = write_archive(tmp_path, Opcodes(**fields).raw)
     with pytest.raises(errors.WeightsError, match="x.pt"):
@@ -249,14 +289,18 @@ def shared_modules(depth):
     return out + b"."
 
 
-@pytest.mark.parametrize("content", [
-    shared_modules(60),
-    b"\x80\x02r\xff\xff\xff\x7f.",  # remembers object 2**31
-    b"\x80\x02p9999999999\n.",
-    b"\x80\x04\x96" + struct.pack("<Q", 2**40) + b".",  # an array of bytes of 1 TiB
-    b"\x80\x02" + b"]" * 3_000_000 + b".",
-    b"\x80\x02" + b"(" * 100_000 + b".",
-], ids=["shared", "memo", "memo in text", "bytes", "many", "marks"])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        shared_modules(60),
+        b"\x80\x02r\xff\xff\xff\x7f.",  # remembers object 2**31
+        b"\x80\x02p9999999999\n.",
+        b"\x80\x04\x96" + struct.pack("<Q", 2**40) + b".",  # an array of bytes of 1 TiB
+        b"\x80\x02" + b"]" * 3_000_000 + b".",
+        b"\x80\x02" + b"(" * 100_000 + b".",
+    ],
+    ids=["shared", "memo", "memo in text", "bytes", "many", "marks"],
+)
 def test_pickles_that_would_take_for_ever(tmp_path, watched, content):
     _, file = write_archive(tmp_path, content)
     with pytest.raises(errors.WeightsError, match="x.pt"):
@@ -306,12 +350,25 @@ def test_a_damaged_member_is_named(tmp_path):
         torchscript.read(file)["w"]
 
 
-@pytest.mark.parametrize("entry", [
-    dict(shape=[-2, -3]), dict(shape=[2.0, 3]), dict(shape=[True, 6]), dict(shape="23"),
-    dict(shape=[1] * 60 + [6]), dict(shape=[0, 2**62, 2**62]), dict(data_offsets=[-24, 0]),
-    dict(data_offsets=[0.0, 24]), dict(data_offsets=[24, 0]), dict(data_offsets=[0, 24, 24]),
-    dict(dtype=None), dict(dtype=["F32"]), dict(more=1),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "entry",
+    [
+        dict(shape=[-2, -3]),
+        dict(shape=[2.0, 3]),
+        dict(shape=[True, 6]),
+        dict(shape="23"),
+        dict(shape=[1] * 60 + [6]),
+        dict(shape=[0, 2**62, 2**62]),
+        dict(data_offsets=[-24, 0]),
+        dict(data_offsets=[0.0, 24]),
+        dict(data_offsets=[24, 0]),
+        dict(data_offsets=[0, 24, 24]),
+        dict(dtype=None),
+        dict(dtype=["F32"]),
+        dict(more=1),
+    ],
+    ids=str,
+)
 def test_safetensors_entries_of_wrong_types(tmp_path, entry):
     good = dict(dtype="F32", shape=[2, 3], data_offsets=[0, 24])
     file = tmp_path / "x.safetensors"
@@ -323,9 +380,18 @@ def test_safetensors_entries_of_wrong_types(tmp_path, entry):
 DEEP = b'{"a":' * 100_000
 
 
-@pytest.mark.parametrize("text", [DEEP, b"[" * 100_000, b"3", b"\xff\xfe", b'{"w": 1, "w": 2}',
-                                  b'{"a": ' + b"9" * 10_000 + b"}"],
-                         ids=["deep", "lists", "number", "bytes", "twice", "digits"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        DEEP,
+        b"[" * 100_000,
+        b"3",
+        b"\xff\xfe",
+        b'{"w": 1, "w": 2}',
+        b'{"a": ' + b"9" * 10_000 + b"}",
+    ],
+    ids=["deep", "lists", "number", "bytes", "twice", "digits"],
+)
 def test_json_that_is_none(tmp_path, watched, text):
     file, index, config = (
         tmp_path / name for name in ("x.safetensors", "m.bin.index.json", "config.json")
@@ -333,8 +399,11 @@ def test_json_that_is_none(tmp_path, watched, text):
     file.write_bytes(safetensors_bytes(text))
     index.write_bytes(text)
     config.write_bytes(text)
-    for read in (lambda: readers.read(file), lambda: readers.read(index),
-                 lambda: readers.read_config(config, dict, dict)):  # fmt: skip
+    for read in (
+        lambda: readers.read(file),
+        lambda: readers.read(index),
+        lambda: readers.read_config(config, dict, dict),
+    ):
         with pytest.raises(errors.WeightsError, match=str(tmp_path)):
             read()
 
@@ -373,8 +442,9 @@ GGUF = {
 @pytest.mark.parametrize("name", list(GGUF)[1:])
 @pytest.mark.parametrize("value", [0, "text", [1], 2**40, -1, 1.5, None])
 def test_gguf_metadata_of_wrong_type_or_size(name, value):
-    tensors = lazy.Tensors({"token_embd.weight": lambda: np.ones((10, 8))}, "x.gguf",
-                           GGUF | {name: value})  # fmt: skip
+    tensors = lazy.Tensors(
+        {"token_embd.weight": lambda: np.ones((10, 8))}, "x.gguf", GGUF | {name: value}
+    )
     if name == "llama.attention.layer_norm_rms_epsilon" and isinstance(value, int | float):
         return  # a number is a number
     with pytest.raises(errors.WeightsError):

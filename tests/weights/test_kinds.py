@@ -42,8 +42,9 @@ def save(request, tmp_path):
     return write
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16", "float8_e4m3fn",
-                                   "float8_e5m2"])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+)
 def test_dtypes(save, dtype):
     state = {name: x.to(getattr(torch, dtype)) for name, x in STATE.items()}
     tensors = readers.read(save(state))
@@ -119,8 +120,15 @@ def test_an_adapter_beside_its_base_or_alone(tmp_path):
 
 def test_what_a_trainer_leaves_beside_the_weights(tmp_path):
     torch.save(STATE, tmp_path / "pytorch_model.bin")
-    names = ("training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt", "rng_state.pth",
-             "rng_state_0.pth", "scaler.pt")  # fmt: skip
+    names = (
+        "training_args.bin",
+        "optimizer.bin",
+        "scheduler.bin",
+        "optimizer.pt",
+        "rng_state.pth",
+        "rng_state_0.pth",
+        "scaler.pt",
+    )
     for name in names:
         torch.save({"lr": 1}, tmp_path / name)
     check(readers.read(tmp_path))
@@ -173,8 +181,20 @@ def test_tensors_that_the_index_forgot_come_along(tmp_path):
     check(readers.read(tmp_path), STATE | {"inv_freq": torch.ones(2)})
 
 
-@pytest.mark.parametrize("name", ["..", ".", "", "../x.safetensors", "/etc/x.bin", "a/b.bin",
-                                  "..\\x.bin", "model.safetensors.index.json", 3])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..",
+        ".",
+        "",
+        "../x.safetensors",
+        "/etc/x.bin",
+        "a/b.bin",
+        "..\\x.bin",
+        "model.safetensors.index.json",
+        3,
+    ],
+)
 def test_an_index_stays_in_its_folder(tmp_path, name):
     write_shards(tmp_path, more=name)
     with pytest.raises(errors.WeightsError, match="must be plain file names of weights"):
@@ -212,8 +232,12 @@ def test_files_of_training_say_what_was_taken(tmp_path):
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_what_training_scripts_keep_beside_the_tensors(tmp_path, legacy):
-    beside = {"args": argparse.Namespace(lr=1, name="x"), "best": np.float64(3.0),
-              "step": np.int32(7), "half": np.float16(1)}  # fmt: skip
+    beside = {
+        "args": argparse.Namespace(lr=1, name="x"),
+        "best": np.float64(3.0),
+        "step": np.int32(7),
+        "half": np.float16(1),
+    }
     file = tmp_path / "a.pth"
     torch.save({"model": STATE, **beside}, file, _use_new_zipfile_serialization=not legacy)
     check(readers.read(file))
@@ -222,11 +246,15 @@ def test_what_training_scripts_keep_beside_the_tensors(tmp_path, legacy):
         readers.read(file)
 
 
-@pytest.mark.parametrize("tensor", [
-    torch.ones(2, 2).to_sparse(),
-    torch.ones(1).expand(1000, 1000),
-    torch.empty(2, 2, device="meta"),
-], ids=["sparse", "expanded", "meta"])  # fmt: skip
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(2, 2).to_sparse(),
+        torch.ones(1).expand(1000, 1000),
+        torch.empty(2, 2, device="meta"),
+    ],
+    ids=["sparse", "expanded", "meta"],
+)
 def test_tensors_that_hold_no_plain_values(tmp_path, tensor):
     torch.save({"a": tensor}, tmp_path / "a.pth")
     with pytest.raises(errors.WeightsError, match="a.pth"):

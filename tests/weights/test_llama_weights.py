@@ -136,8 +136,14 @@ def meta():
     return arrays | {"rope.freqs": np.zeros(8)}
 
 
-META_PARAMS = {"dim": 64, "multiple_of": 16, "n_heads": 4, "n_layers": 2, "norm_eps": 1e-5,
-               "vocab_size": -1}  # fmt: skip
+META_PARAMS = {
+    "dim": 64,
+    "multiple_of": 16,
+    "n_heads": 4,
+    "n_layers": 2,
+    "norm_eps": 1e-5,
+    "vocab_size": -1,
+}
 
 
 def test_meta_layout(meta):
@@ -186,11 +192,24 @@ def test_meta_widths():
     base = {"norm_eps": 1e-5, "vocab_size": -1}
     seven = base | {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32}
     assert llama.config_from_meta(seven, 32000).mlp_width == 11008
-    seventy = base | {"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64,
-                      "n_kv_heads": 8, "n_layers": 80}  # fmt: skip
+    seventy = base | {
+        "dim": 8192,
+        "multiple_of": 4096,
+        "ffn_dim_multiplier": 1.3,
+        "n_heads": 64,
+        "n_kv_heads": 8,
+        "n_layers": 80,
+    }
     assert llama.config_from_meta(seventy, 32000).mlp_width == 28672
-    eight = base | {"dim": 4096, "multiple_of": 1024, "ffn_dim_multiplier": 1.3, "n_heads": 32,
-                    "n_kv_heads": 8, "n_layers": 32, "rope_theta": 500000.0}  # fmt: skip
+    eight = base | {
+        "dim": 4096,
+        "multiple_of": 1024,
+        "ffn_dim_multiplier": 1.3,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "n_layers": 32,
+        "rope_theta": 500000.0,
+    }
     cfg = llama.config_from_meta(eight, 128256)
     assert (cfg.mlp_width, cfg.kv_heads, cfg.rope_theta) == (14336, 8, 5e5)
     with pytest.raises(ValueError, match="use_scaled_rope"):
@@ -210,8 +229,9 @@ def test_stored_rotary_tables_are_ignored_and_a_tied_copy_of_the_head(tensors, p
 @pytest.mark.parametrize("layout", ["hf", "meta", "easylm", "gguf"])
 def test_a_head_of_its_own_is_kept_whatever_the_config_says(layout, params, cfg, monkeypatch):
     """As transformers from version 5 on; a model that ties is told, not given another head."""
-    rules = dict(hf=llama.HF_RULES, meta=llama.META_RULES, easylm=llama.EASYLM_RULES,
-                 gguf=llama.GGUF_RULES)[layout]  # fmt: skip
+    rules = dict(
+        hf=llama.HF_RULES, meta=llama.META_RULES, easylm=llama.EASYLM_RULES, gguf=llama.GGUF_RULES
+    )[layout]
     stored = lazy.Tensors(convert.revert(params, rules), "file")
     tied = dataclasses.replace(cfg, tie_embeddings=True)
     monkeypatch.setattr(llama, "_config_of", lambda *_: tied)
@@ -264,9 +284,18 @@ def test_config_round_trip():
 
 def test_released_config_defaults():
     # LVM's config.json and transformers 4's defaults, transformers 5's nesting
-    fields = dict(vocab_size=8292, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                  num_attention_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-6,
-                  torch_dtype="float16", bos_token_id=1, eos_token_id=2)  # fmt: skip
+    fields = dict(
+        vocab_size=8292,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-6,
+        torch_dtype="float16",
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     assert llama.config_from_hf(fields) == model.PRESETS["lvm_7b"]
     nested = fields | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
     assert llama.config_from_hf(nested).rope_theta == 5e5
@@ -312,13 +341,18 @@ def test_config_from_shapes_needs_the_heads(golden_lvm, tensors, cfg):
 
 def test_gguf_config():
     metadata = {
-        "general.architecture": "llama", "llama.block_count": 30, "llama.context_length": 8192,
-        "llama.embedding_length": 576, "llama.feed_forward_length": 1536,
-        "llama.attention.head_count": 9, "llama.attention.head_count_kv": 3,
-        "llama.rope.freq_base": 100000.0, "llama.vocab_size": 49152,
+        "general.architecture": "llama",
+        "llama.block_count": 30,
+        "llama.context_length": 8192,
+        "llama.embedding_length": 576,
+        "llama.feed_forward_length": 1536,
+        "llama.attention.head_count": 9,
+        "llama.attention.head_count_kv": 3,
+        "llama.rope.freq_base": 100000.0,
+        "llama.vocab_size": 49152,
         "llama.attention.layer_norm_rms_epsilon": 9.999999747378752e-06,
         "llama.rope.dimension_count": 64,
-    }  # fmt: skip
+    }
     assert llama.config_from_gguf(metadata, tied=True) == model.PRESETS["smollm2_135m"]
     for change in ({"general.architecture": "qwen2"}, {"llama.rope.dimension_count": 32}):
         with pytest.raises(ValueError, match="qwen2|32 of 64"):

@@ -11,8 +11,9 @@ import torch
 
 from vlm_jax.weights import bounds, errors, llama_configs, readers, vqgan
 
-CONFIG = dict(vocab_size=32, hidden_size=16, num_hidden_layers=2, intermediate_size=24,
-              num_attention_heads=2)  # fmt: skip
+CONFIG = dict(
+    vocab_size=32, hidden_size=16, num_hidden_layers=2, intermediate_size=24, num_attention_heads=2
+)
 
 
 def save(path, state):
@@ -72,8 +73,10 @@ def test_wrappers_in_any_order(tmp_path, front):
 
 
 def test_a_module_in_a_module_in_a_module(tmp_path):
-    file = save(tmp_path / "a.pt", {"model.model.model.embed": torch.ones(2),
-                                    "model.model.lm_head": torch.ones(2)})  # fmt: skip
+    file = save(
+        tmp_path / "a.pt",
+        {"model.model.model.embed": torch.ones(2), "model.model.lm_head": torch.ones(2)},
+    )
     assert set(readers.read(file)) == {"model.embed", "lm_head"}
 
 

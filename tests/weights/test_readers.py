@@ -250,14 +250,22 @@ def test_stream_of_params(tmp_path):
 
 def test_stream_of_a_training_state(tmp_path):
     file = tmp_path / "streaming_train_state"
-    write_stream(file, {
-        "step": np.int32(3), "params/params/a": A, "params/params/b": B,
-        "opt_state/0/mu/params/a": A,
-    })  # fmt: skip
+    write_stream(
+        file,
+        {
+            "step": np.int32(3),
+            "params/params/a": A,
+            "params/params/b": B,
+            "opt_state/0/mu/params/a": A,
+        },
+    )
     whole = readers.read(f"trainstate::{file}")
     assert list(whole) == [
-        "step", "params/params/a", "params/params/b", "opt_state/0/mu/params/a",
-    ]  # fmt: skip
+        "step",
+        "params/params/a",
+        "params/params/b",
+        "opt_state/0/mu/params/a",
+    ]
     assert whole["step"] == 3
     check(readers.read(f"trainstate_params::{file}"))
 

@@ -66,8 +66,10 @@ def test_missing_extra_and_misshapen_in_one_error(golden_lvm):
     with pytest.raises(convert.ConversionError) as caught:
         vqgan.from_hf(tensors, cfg)
     assert sorted(error.split(":")[0] for error in caught.value.errors) == [
-        "post_quant_conv.weight", "quant_conv.beta", "quant_conv.bias",
-    ]  # fmt: skip
+        "post_quant_conv.weight",
+        "quant_conv.beta",
+        "quant_conv.bias",
+    ]
 
 
 def test_attention_weights_do_not_pass_for_the_plain_network(golden_lvm):

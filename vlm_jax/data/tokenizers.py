@@ -152,8 +152,11 @@ def special_tokens(path: str | os.PathLike) -> dict[str, str]:
     except (ValueError, TypeError, RecursionError) as error:
         raise records.DataError(f"{file}: {error}") from error
     # Text, or the fields of a token.
-    texts = {name: value.get("content") if isinstance(value, dict) else value
-             for name, value in fields.items() if name.endswith("_token")}  # fmt: skip
+    texts = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if name.endswith("_token")
+    }
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 

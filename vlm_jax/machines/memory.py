@@ -65,8 +65,11 @@ def _cgroups(root: pathlib.Path) -> Iterator[int]:
         if controllers and "memory" not in controllers.split(","):
             continue
         first = top / "memory" if controllers else top
-        names = (("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-                 if controllers else ("memory.max", "memory.current", "inactive_file"))  # fmt: skip
+        names = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if controllers
+            else ("memory.max", "memory.current", "inactive_file")
+        )
         group = first / path.strip("/")
         for folder in (group, *group.parents):
             room = _room(folder, *names)

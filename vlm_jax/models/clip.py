@@ -353,7 +353,10 @@ def make(cfg: ClipConfig) -> functional.Functional:
 def _run(blocks, x_btd, cfg, causal, states=None):
     """What leaves the last block; what leaves each is put behind `states`, a list."""
     for block in blocks:
-        call = lambda x_btd, block=block: block(x_btd, causal)  # noqa: E731
+
+        def call(x_btd, block=block):
+            return block(x_btd, causal)
+
         x_btd = jax.checkpoint(call)(x_btd) if cfg.remat == "full" else call(x_btd)
         if states is not None:
             states.append(x_btd)

@@ -470,7 +470,9 @@ def decode_form(params, cfg: LlamaConfig):
     if cfg.fused:
         return params, cfg
     dtype = decode_dtype(cfg.dtype)
-    rows = lambda kernel, k: kernel.reshape(math.prod(kernel.shape[:k]), -1).T  # noqa: E731
+
+    def rows(kernel, k):
+        return kernel.reshape(math.prod(kernel.shape[:k]), -1).T
 
     def layer(tree):
         attn, mlp = tree["attn"], tree["mlp"]
@@ -553,9 +555,12 @@ def training_form(params, cfg: LlamaConfig):
     def layer(tree):
         q, k, v = np.split(np.asarray(tree["attn"]["qkv"]["kernel"]), ends)
         gate, up = np.split(np.asarray(tree["mlp"]["gate_up"]["kernel"]), 2)
-        kernels = {"q": q.T.reshape(-1, *heads), "k": k.T.reshape(-1, *kv_heads),
-                   "v": v.T.reshape(-1, *kv_heads),
-                   "o": np.asarray(tree["attn"]["o"]["kernel"]).T.reshape(*heads, -1)}  # fmt: skip
+        kernels = {
+            "q": q.T.reshape(-1, *heads),
+            "k": k.T.reshape(-1, *kv_heads),
+            "v": v.T.reshape(-1, *kv_heads),
+            "o": np.asarray(tree["attn"]["o"]["kernel"]).T.reshape(*heads, -1),
+        }
         mlp = {"gate": gate.T, "up": up.T, "down": np.asarray(tree["mlp"]["down"]["kernel"]).T}
         return {
             "attn_norm": tree["attn_norm"],

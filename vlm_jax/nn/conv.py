@@ -107,9 +107,12 @@ def upsample_conv2d(x_byxc, kernel_yxcd, bias_d):
         return conv2d(upsample_nearest(x_byxc), kernel_yxcd, bias_d)
     to_phases_auy = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel_yxcd.dtype)
     kernels = jnp.einsum(
-        "auy,evx,yxcd->aeuvcd", to_phases_auy, to_phases_auy, kernel_yxcd,
+        "auy,evx,yxcd->aeuvcd",
+        to_phases_auy,
+        to_phases_auy,
+        kernel_yxcd,
         precision=lax.Precision.HIGHEST,
-    )  # fmt: skip
+    )
     rows = []
     for a in range(2):
         phases_byxd = [

@@ -83,8 +83,9 @@ def text(config: Any) -> str:
         for row in section.rows:
             default = row.default if row.default == "required" else f"default {row.default}"
             lines.append(f"{prefix}{row.key}={row.value}    {row.type}, {default}")
-            lines += textwrap.wrap(row.meaning, _WIDTH - 8, initial_indent=" " * 8,
-                                   subsequent_indent=" " * 8)  # fmt: skip
+            lines += textwrap.wrap(
+                row.meaning, _WIDTH - 8, initial_indent=" " * 8, subsequent_indent=" " * 8
+            )
         blocks.append("\n".join(lines))
     return "\n\n\n".join(blocks)
 
@@ -157,8 +158,11 @@ def _of_source(values: Mapping[str, Any], name: str) -> Iterator[Section]:
 
 def _of_evaluation(values: Mapping[str, Any], name: str, task: Any) -> Iterator[Section]:
     evaluator = task_lib.resolve(values["type"], "evaluators").Evaluator
-    rows = [row for row in rows_of(evaluate.EvalConfig, values)
-            if row.key not in ("data", "formatter", "fields")]  # fmt: skip
+    rows = [
+        row
+        for row in rows_of(evaluate.EvalConfig, values)
+        if row.key not in ("data", "formatter", "fields")
+    ]
     yield _section(name, evaluator, [*rows, *rows_of(evaluator, values)])
     if values.get("formatter"):
         reader = task.prompt_formatter

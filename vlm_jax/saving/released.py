@@ -126,8 +126,16 @@ def page() -> str:
     for release in everything():
         count = num_params(release)
         gib = [f"{count * size / 2**30:.2f}" for size in (2, 4)]
-        cells = [release.name, release.hub or "none", release.systems, release.size, release.sums,
-                 release.licence, f"{count:,}", *gib]  # fmt: skip
+        cells = [
+            release.name,
+            release.hub or "none",
+            release.systems,
+            release.size,
+            release.sums,
+            release.licence,
+            f"{count:,}",
+            *gib,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     commands = [release for release in everything() if release.fetch.startswith("hf ")]
     fetching = ["```bash", *(release.fetch for release in commands), "```", ""]

@@ -120,8 +120,10 @@ def _run(args: argparse.Namespace) -> None:
     sizes = (np.prod(x.shape, dtype=np.int64) for x in functional.flatten(weights.params).values())
     print(f"read      {weights.read}: {args.source}")
     print(f"ignored   {', '.join(weights.ignored) or 'none'}")
-    print(f"wrote     {num_tensors} tensors, {sum(map(int, sizes)):,} parameters, {weights.dtype}, "
-          f"{args.format} layout: {args.target}")  # fmt: skip
+    print(
+        f"wrote     {num_tensors} tensors, {sum(map(int, sizes)):,} parameters, {weights.dtype}, "
+        f"{args.format} layout: {args.target}"
+    )
     for name, digest in digests.items():
         print(f"sha256    {digest}  {name}")
     if weights.source not in ("", args.source):  # which file of a folder, which part of it

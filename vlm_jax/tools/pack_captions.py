@@ -157,10 +157,17 @@ def _check_manifest(out, listing, files, args) -> None:
     content = [sidecar.fingerprint([listing.root / file.name for file in files])]
     content += [[file.labels, file.captions] for file in files]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    token_shards.check_manifest(out, {
-        "input": str(listing.root.absolute()), "files": len(files), "files_sha256": digest,
-        "heldout": args.heldout, "side": args.side, "per_shard": args.per_shard,
-    })  # fmt: skip
+    token_shards.check_manifest(
+        out,
+        {
+            "input": str(listing.root.absolute()),
+            "files": len(files),
+            "files_sha256": digest,
+            "heldout": args.heldout,
+            "side": args.side,
+            "per_shard": args.per_shard,
+        },
+    )
 
 
 def _known(out: pathlib.Path, shard: _Shard) -> dict[str, Any] | None:
@@ -179,7 +186,10 @@ def _write(out, root, shard: _Shard, args, pool) -> dict[str, Any]:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as tar:
-            read = lambda file: _photo(root / file.name, args.side)  # noqa: E731
+
+            def read(file):
+                return _photo(root / file.name, args.side)
+
             for number, (file, photo) in enumerate(_ahead(pool, read, shard.files, args.threads)):
                 if isinstance(photo, records.BadRecordError):
                     unreadable.append((file.name, str(photo)))
@@ -254,7 +264,10 @@ def _report(out: pathlib.Path, entries: Sequence[tuple[str, str, str]]) -> None:
 def _summarize(out, packed, shards, left_out, twice) -> None:
     kinds = collections.Counter(kind for kind, *_ in left_out)
     causes = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
-    say = lambda text: print(f"[pack] {text}", file=sys.stderr)  # noqa: E731
+
+    def say(text):
+        print(f"[pack] {text}", file=sys.stderr)
+
     say(
         f"{packed} photos in {len(shards)} shards; left out: {causes}; {len(twice)} lines repeat "
         f"others; all are listed in {out / 'report.txt'}"

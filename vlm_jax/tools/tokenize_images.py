@@ -54,16 +54,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     numbers = _list_of(int)
     add = parser.add_argument
-    add("--layout", default="", help="kind of sentence: single, video, frames, rotation, category,"
-        "\npairs, colorization, inpainting, multi, annotated_video, co3d")  # fmt: skip
+    add(
+        "--layout",
+        default="",
+        help="kind of sentence: single, video, frames, rotation, category,"
+        "\npairs, colorization, inpainting, multi, annotated_video, co3d",
+    )
     add("--input", default="", help="folder of images or videos, searched at any depth")
-    add("--annotations", type=_list_of(str), default=(),
+    add(
+        "--annotations",
+        type=_list_of(str),
+        default=(),
         help="folders that match --input, or FILE.json:boxes|masks|keypoints|openpose\n"
-        "[:black|:image]; several with commas. co3d: names of sub-folders")  # fmt: skip
+        "[:black|:image]; several with commas. co3d: names of sub-folders",
+    )
     add("--match", default="stem", help="folders match by stem, or by order alone")
     add("--images", type=int, default=0, help="of a sentence; default 16")
-    add("--stride", type=numbers, default=(), help="frames (8) or views (1) between images;\n"
-        "several with commas are so many passes")  # fmt: skip
+    add(
+        "--stride",
+        type=numbers,
+        default=(),
+        help="frames (8) or views (1) between images;\nseveral with commas are so many passes",
+    )
     add("--max_stride", type=int, default=4, help="of frame folders: 1 to this, at random")
     add("--per_class", type=numbers, default=(4,), help="category: images of a class in a row")
     add("--shots", type=int, default=3, help="multi: images of a sentence")
@@ -139,19 +151,38 @@ def _tokenize(args: argparse.Namespace) -> list[str]:
     if args.shard >= shards:
         raise records.DataError(f"--shard={args.shard} is not below --shards={shards}")
     tokenizer = image_tokenizer.ImageTokenizer.load(
-        args.tokenizer, side=args.side, codebook_size=args.codebook_size,
-        tokens_per_image=args.tokens_per_image, max_batch=args.batch,
-    )  # fmt: skip
-    token_shards.check_manifest(folder, {
-        **fields, "files": plan.files, "files_sha256": plan.digest, "name": name,
-        "format": args.format, "shards": shards, "sentences_in_all": plan.count,
-        "batch": args.batch, "tokenizer_sha256": token_files.digest(tokenizer),
-        "tokenizer_config": dataclasses.asdict(tokenizer.cfg),
-    })  # fmt: skip
+        args.tokenizer,
+        side=args.side,
+        codebook_size=args.codebook_size,
+        tokens_per_image=args.tokens_per_image,
+        max_batch=args.batch,
+    )
+    token_shards.check_manifest(
+        folder,
+        {
+            **fields,
+            "files": plan.files,
+            "files_sha256": plan.digest,
+            "name": name,
+            "format": args.format,
+            "shards": shards,
+            "sentences_in_all": plan.count,
+            "batch": args.batch,
+            "tokenizer_sha256": token_files.digest(tokenizer),
+            "tokenizer_config": dataclasses.asdict(tokenizer.cfg),
+        },
+    )
     job = token_shards.Job(
-        plan, pictures.Reader(tokenizer.side, plan.drawings), tokenizer, folder, name, args.format,
-        shards, args.threads, args.max_bad_fraction,
-    )  # fmt: skip
+        plan,
+        pictures.Reader(tokenizer.side, plan.drawings),
+        tokenizer,
+        folder,
+        name,
+        args.format,
+        shards,
+        args.threads,
+        args.max_bad_fraction,
+    )
     mine = [args.shard] if args.shard >= 0 else list(range(rank, shards, count))
     made = token_shards.write(job, mine)
     print(
@@ -180,9 +211,12 @@ def _preview(args: argparse.Namespace, paths: Sequence[str]) -> None:
     from vlm_jax.tools import token_preview
 
     tokenizer = image_tokenizer.ImageTokenizer.load(
-        args.tokenizer, side=args.side, codebook_size=args.codebook_size,
-        tokens_per_image=args.tokens_per_image, max_batch=args.batch,
-    )  # fmt: skip
+        args.tokenizer,
+        side=args.side,
+        codebook_size=args.codebook_size,
+        tokens_per_image=args.tokens_per_image,
+        max_batch=args.batch,
+    )
     rows = token_preview.write(args.preview, paths, tokenizer, args.preview_rows)
     print(f"[tokenize] {rows} sentences: {args.preview}", file=sys.stderr)
 

@@ -132,10 +132,21 @@ HF_RULES = (
 )
 
 # Constants of OpenAI's archives, buffers of older Hugging Face files.
-_BUFFERS = (r"input_resolution", r"context_length", r"vocab_size", r".*\.position_ids",
-            r"(.*\.)?attn_mask")  # fmt: skip
-_TEXT = (r"text_.*", r"token_embedding\..*", r"positional_embedding", r"transformer\..*",
-         r"ln_final\..*", r"logit_scale")  # fmt: skip
+_BUFFERS = (
+    r"input_resolution",
+    r"context_length",
+    r"vocab_size",
+    r".*\.position_ids",
+    r"(.*\.)?attn_mask",
+)
+_TEXT = (
+    r"text_.*",
+    r"token_embedding\..*",
+    r"positional_embedding",
+    r"transformer\..*",
+    r"ln_final\..*",
+    r"logit_scale",
+)
 _VISION = (r"visual\..*", r"vision_model\..*", r"visual_projection\..*", r"logit_scale")
 _PROJECTION = (r"visual\.proj", r"visual_projection\..*")
 
@@ -272,8 +283,12 @@ def config_to_hf(cfg: clip.ClipConfig) -> dict[str, Any]:
         # 2 is what transformers writes for "the largest id".
         eos_token_id=2 if cfg.text.end_id < 0 else cfg.text.end_id,
     )
-    return dict(architectures=["CLIPModel"], model_type="clip",
-                projection_dim=cfg.vision.projection, **towers)  # fmt: skip
+    return dict(
+        architectures=["CLIPModel"],
+        model_type="clip",
+        projection_dim=cfg.vision.projection,
+        **towers,
+    )
 
 
 PRESETS: Mapping[str, clip.ClipConfig] = {}  # shapes tell all but what config.json says
@@ -401,8 +416,9 @@ def require_stated(
       WeightsError: see above.
     """
     found = _behaviour(tensors, path, "vision_config")
-    model = dict(num_heads=cfg.heads, mlp_width=cfg.hidden, activation=cfg.activation,
-                 norm_eps=cfg.norm_eps)  # fmt: skip
+    model = dict(
+        num_heads=cfg.heads, mlp_width=cfg.hidden, activation=cfg.activation, norm_eps=cfg.norm_eps
+    )
     for name, value in found.items():
         if name in model and value != model[name]:
             raise errors.WeightsError(
@@ -419,8 +435,12 @@ def _behaviour(tensors: convert.Tensors, path: str | os.PathLike, section: str) 
     try:
         fields = bounds.read_json(file)
         fields = fields.get(section, fields)
-        known = {"num_attention_heads": "num_heads", "intermediate_size": "mlp_width",
-                 "hidden_act": "activation", "layer_norm_eps": "norm_eps"}  # fmt: skip
+        known = {
+            "num_attention_heads": "num_heads",
+            "intermediate_size": "mlp_width",
+            "hidden_act": "activation",
+            "layer_norm_eps": "norm_eps",
+        }
         values = {ours: fields[key] for key, ours in known.items() if key in fields}
         if section == "text_config" and fields.get("eos_token_id", 2) != 2:
             # 2 is a mistake of early files; there the largest id is meant.

@@ -211,7 +211,10 @@ def convert(
 
 def _without_additions(abstract, rules):
     """The tree without LoRA that other programs have no names for."""
-    named = lambda path: any(re.fullmatch(rule.ours, path) for rule in rules)  # noqa: E731
+
+    def named(path):
+        return any(re.fullmatch(rule.ours, path) for rule in rules)
+
     flat = functional.flatten(abstract)
     kept = {path: x for path, x in flat.items() if not lora.is_addition(path) or named(path)}
     return functional.unflatten(kept)

@@ -105,9 +105,12 @@ def _spans(file: pathlib.Path, entries: Callable) -> dict[str, tuple[int, int]]:
     size = file.stat().st_size
     with open(file, "rb") as stream:
         unpacker = msgpack.Unpacker(
-            stream, read_size=1 << 20, max_buffer_size=_MAX_BYTES, max_array_len=size,
+            stream,
+            read_size=1 << 20,
+            max_buffer_size=_MAX_BYTES,
+            max_array_len=size,
             max_map_len=size,
-        )  # fmt: skip
+        )
         try:
             for name in entries(unpacker):
                 if name in spans:
@@ -142,8 +145,9 @@ def _leaf(raw: Any) -> np.ndarray:
 
     value = msgpack.unpackb(raw, ext_hook=_array, max_bin_len=_MAX_BYTES, max_ext_len=_MAX_BYTES)
     if isinstance(value, dict) and "__msgpack_chunked_array__" in value:
-        shape, chunks = ([part[str(i)] for i in range(len(part))]
-                         for part in (value["shape"], value["chunks"]))  # fmt: skip
+        shape, chunks = (
+            [part[str(i)] for i in range(len(part))] for part in (value["shape"], value["chunks"])
+        )
         value = np.concatenate(chunks).reshape(bounds.shape_of([int(n) for n in shape], "an array"))
     if isinstance(value, (bool, int, float)):
         value = np.asarray(value)

@@ -190,8 +190,13 @@ def _stated_config(tensors, path, layout: str) -> llama.LlamaConfig | None:
 
 # What shapes do not tell: with another value the same weights compute another function. Field of
 # the config -> the property that resolves it.
-_STATED = {"num_heads": "num_heads", "num_kv_heads": "kv_heads", "head_width": "head_size",
-           "rope_theta": "rope_theta", "rms_eps": "rms_eps"}  # fmt: skip
+_STATED = {
+    "num_heads": "num_heads",
+    "num_kv_heads": "kv_heads",
+    "head_width": "head_size",
+    "rope_theta": "rope_theta",
+    "rms_eps": "rms_eps",
+}
 
 
 def require_stated(

@@ -32,8 +32,13 @@ def config_from_hf(fields: Mapping[str, Any]) -> llama.LlamaConfig:
     if any(wrong.values()):
         found = {key: fields.get(key, rope.get(key, kind)) for key, bad in wrong.items() if bad}
         raise errors.WeightsError(f"{found} is not supported; plain LLaMA is")
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size",
-              "num_attention_heads")  # fmt: skip
+    needed = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "intermediate_size",
+        "num_attention_heads",
+    )
     if absent := [key for key in needed if key not in fields]:
         raise errors.WeightsError(f"{absent} missing; not a LLaMA config")
     cfg = bounds.make_config(
@@ -191,8 +196,11 @@ def config_from_shapes(tensors: convert.Tensors, num_heads: int = 0) -> llama.Ll
         num_heads = q // (2 * tensors[rotary[0]].size)
     base = llama.LlamaConfig(**sizes, num_heads=num_heads or 1, head_width=2)
     if not num_heads:
-        same = [p for p in llama.PRESETS.values()
-                if (p.width, p.depth, p.mlp_width) == (width, depth, mlp_width)]  # fmt: skip
+        same = [
+            p
+            for p in llama.PRESETS.values()
+            if (p.width, p.depth, p.mlp_width) == (width, depth, mlp_width)
+        ]
         if not same:
             raise errors.WeightsError(
                 f"{convert.source_of(tensors)}: width {width}, depth {depth}, MLP {mlp_width} fit "

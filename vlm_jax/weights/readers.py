@@ -38,8 +38,11 @@ from vlm_jax.weights import (
 
 # In a folder the first of these that is there: suffix, and the file that transformers takes
 # before an index of shards.
-_KINDS = ((".safetensors", "model.safetensors"), (".bin", "pytorch_model.bin"),
-          *((suffix, "") for suffix in (*torch_file.SUFFIXES[1:], ".gguf")))  # fmt: skip
+_KINDS = (
+    (".safetensors", "model.safetensors"),
+    (".bin", "pytorch_model.bin"),
+    *((suffix, "") for suffix in (*torch_file.SUFFIXES[1:], ".gguf")),
+)
 # Beside the weights in the folder of a training run; adapters are told apart below.
 _NOT_WEIGHTS = re.compile(
     r"training_args\.bin|(optimizer|scheduler|scaler|sampler)(_\d+)?\.\w+|rng_state.*\.\w+"

@@ -51,8 +51,9 @@ def read(file: pathlib.Path) -> lazy.Tensors:
     def loader(dtype, shape, begin, end):
         return lambda: data[begin:end].view(dtype).reshape(shape)
 
-    return lazy.Tensors({name: loader(*entry) for name, entry in entries.items()}, str(file),
-                        metadata)  # fmt: skip
+    return lazy.Tensors(
+        {name: loader(*entry) for name, entry in entries.items()}, str(file), metadata
+    )
 
 
 def _entry(name: str, info: Any, file: pathlib.Path, available: int) -> tuple:

@@ -144,8 +144,11 @@ def _check_archive(file: pathlib.Path) -> bool:
 def _state_in(state: Any, source: str) -> tuple[Any, str]:
     """The innermost dict of weights, and where it was found."""
     for _ in range(_MAX_NESTED):
-        inner = [key for key in _STATE
-                 if isinstance(state, Mapping) and isinstance(state.get(key), Mapping)]  # fmt: skip
+        inner = [
+            key
+            for key in _STATE
+            if isinstance(state, Mapping) and isinstance(state.get(key), Mapping)
+        ]
         if not inner:
             break
         state, source = state[inner[0]], f"{source}, its {inner[0]!r}"

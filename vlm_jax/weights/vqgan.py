@@ -119,8 +119,9 @@ def config_beside(path: str | os.PathLike) -> vqgan.VqganConfig:
     if not pathlib.Path(os.fspath(found).rpartition("::")[2]).expanduser().exists():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     if not file.exists():
-        raise FileNotFoundError(f"{file} not found; put it there or name a preset: "
-                                f"{', '.join(vqgan.PRESETS)}")  # fmt: skip
+        raise FileNotFoundError(
+            f"{file} not found; put it there or name a preset: {', '.join(vqgan.PRESETS)}"
+        )
     return readers.read_config(file, vqgan.VqganConfig, config_from_hf)
 
 
@@ -145,8 +146,9 @@ def config_from_hf(fields: Mapping[str, Any]) -> vqgan.VqganConfig:
         raise errors.WeightsError(f"{absent} missing; not a VQGAN config")
     sizes = {ours: fields[theirs] for theirs, ours in _FIELDS.items() if theirs in fields}
     if not isinstance(fields["no_attn_mid_block"], bool):
-        raise errors.WeightsError(f"no_attn_mid_block is {fields['no_attn_mid_block']!r:.40}, "
-                                  "not true or false")  # fmt: skip
+        raise errors.WeightsError(
+            f"no_attn_mid_block is {fields['no_attn_mid_block']!r:.40}, not true or false"
+        )
     # Not upstream's key: there the groups are always 32.
     groups = fields.get("norm_groups", 32)
     return bounds.make_config(
@@ -161,6 +163,7 @@ def config_from_hf(fields: Mapping[str, Any]) -> vqgan.VqganConfig:
 def config_to_hf(cfg: vqgan.VqganConfig) -> dict[str, Any]:
     """The config.json of the released tokenizer's form."""
     fields = {theirs: getattr(cfg, ours) for theirs, ours in _FIELDS.items()}
-    fields |= dict(no_attn_mid_block=not cfg.mid_attn, dropout=0.0,
-                   resample_with_conv=cfg.resample_with_conv)  # fmt: skip
+    fields |= dict(
+        no_attn_mid_block=not cfg.mid_attn, dropout=0.0, resample_with_conv=cfg.resample_with_conv
+    )
     return fields | ({} if cfg.norm_groups == 32 else dict(norm_groups=cfg.norm_groups))

@@ -14,8 +14,10 @@ import numpy as np
 
 from vlm_jax.weights import errors, lazy
 
-_FP8 = tuple(np.dtype(getattr(ml_dtypes, name)) for name in (
-    "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"))  # fmt: skip
+_FP8 = tuple(
+    np.dtype(getattr(ml_dtypes, name))
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+)
 
 # torch.compile, FSDP and activation checkpointing wrap modules anywhere.
 _INSIDE = re.compile(r"(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

@@ -50,7 +50,10 @@ def attend_branches(
     o_zqh = matmul.einsum(
         "zqs,zsh->zqh", weights_zqs.astype(v_zsh.dtype), v_zsh, preferred_element_type=jnp.float32
     )
-    branch = lambda x: x.reshape(b, k, r, g, *x.shape[2:]).swapaxes(1, 2)  # noqa: E731
+
+    def branch(x):
+        return x.reshape(b, k, r, g, *x.shape[2:]).swapaxes(1, 2)
+
     o_brkgh, top_brkg, mass_brkg = map(branch, (o_zqh, top_zq, weights_zqs.sum(axis=-1)))
 
     # Products, however small: XLA's CPU backend does not vectorise sums of products over one axis.

@@ -23,7 +23,10 @@ def attend(q_btnh, k_bskh, v_bskh, bias, scale, **where):
     # None for plain causal or full attention.
     mask_bts = structure.dense_mask(t, s, **{**where, "causal": where["causal"] and not triangle})
     # The kernel broadcasts over batch and heads alone.
-    whole = lambda x: jnp.broadcast_to(x, (*x.shape[:2], t, s))  # noqa: E731
+
+    def whole(x):
+        return jnp.broadcast_to(x, (*x.shape[:2], t, s))
+
     o_btnh = jax.nn.dot_product_attention(
         *(structure.pad_axis(x, 3, 8) for x in (q_btnh, k_bskh, values)),
         bias=None if bias is None else whole(bias.whole().astype(q_btnh.dtype)),

@@ -47,9 +47,12 @@ def prepare(
     """
     folder = workdir / "composed"
     made_of = dict(
-        sentences=dict(sentences), tokenizer=tokenizer, image_side=image_side, chunk=chunk,
+        sentences=dict(sentences),
+        tokenizer=tokenizer,
+        image_side=image_side,
+        chunk=chunk,
         seed=seed,
-    )  # fmt: skip
+    )
     note = folder / "made_of.json"
     if note.exists() and json.loads(note.read_text()) == made_of:
         return

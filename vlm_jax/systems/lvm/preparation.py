@@ -72,18 +72,24 @@ def prepare(
         raise config.ConfigError(f"prepare.images={images} must be at least 2")
     counts = {"train": sentences, "heldout": heldout_sentences}
     made_of: dict[str, Any] = dict(
-        tokenizer=tokenizer, image_side=image_side, images=images, kinds=list(kinds),
-        sentences=sentences, heldout_sentences=heldout_sentences, seed=seed,
-    )  # fmt: skip
+        tokenizer=tokenizer,
+        image_side=image_side,
+        images=images,
+        kinds=list(kinds),
+        sentences=sentences,
+        heldout_sentences=heldout_sentences,
+        seed=seed,
+    )
     if path:
         listing = own_files.find(path)
         made_of |= dict(heldout=heldout, most=most, files=_digest(listing))
         load = functools.partial(_own, listing, heldout, most, images)
     else:
         made_of |= dict(crops=crops)
-        load = lambda split, side: albums.demo(  # noqa: E731
-            split, side, counts[split] * (images // 2), crops, seed
-        )
+
+        def load(split, side):
+            return albums.demo(split, side, counts[split] * (images // 2), crops, seed)
+
     folder = workdir / ("own" if path else "demo")
     note = folder / "made_of.json"
     if note.is_file() and note.read_bytes() == _note(made_of):

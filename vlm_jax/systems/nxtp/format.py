@@ -100,11 +100,11 @@ class Formatter:
     ) -> list[answer.Answer]:
         """What predict["one_shot"] found; labels that were cut off are left out."""
         del hosts
-        words = self.vocabulary
+        tokenizer = self.vocabulary
         answers = []
         for row in zip(*(outputs[name] for name in ("ids", "probs", "lengths")), strict=True):
-            groups = label_lists.one_shot_groups(*row, words.delimiter_id)
-            ranked = label_lists.rank(groups, words.decode, delimiter_id=words.delimiter_id)
+            groups = label_lists.one_shot_groups(*row, tokenizer.delimiter_id)
+            ranked = label_lists.rank(groups, tokenizer.decode, delimiter_id=tokenizer.delimiter_id)
             answers.append(answer.Answer(labels=tuple((x.text, x.score) for x in ranked)))
         return answers
 
@@ -124,23 +124,26 @@ class Formatter:
 
     def encode(self, prompt: str, labels: Sequence[str]) -> dict[str, np.ndarray]:
         """Ids and what belongs to them, in this order of the labels."""
-        words = self.vocabulary
+        tokenizer = self.vocabulary
         closed = self.last_label == "closed"
-        ids = np.array(words.text(prompt, labels, closed=closed), np.int32)
-        start = len(words.prompt(prompt))
+        ids = np.array(tokenizer.text(prompt, labels, closed=closed), np.int32)
+        start = len(tokenizer.prompt(prompt))
         size = min(len(ids), self.max_tokens)
         if start > self.max_tokens:
             raise records.DataError(
                 f"the prompt is {start} tokens long; raise formatter.max_tokens={self.max_tokens}"
             )
-        blank = lambda value, dtype: np.full(self.max_tokens, value, dtype)  # noqa: E731
-        tokens, targets = blank(words.empty_id, np.int32), blank(0, np.int32)
+
+        def blank(value, dtype):
+            return np.full(self.max_tokens, value, dtype)
+
+        tokens, targets = blank(tokenizer.empty_id, np.int32), blank(0, np.int32)
         weights, segments = blank(0, np.float32), blank(0, np.int32)
         tokens[:size] = ids[:size]
         targets[: size - 1], weights[: size - 1] = ids[1:size], 1
         if not closed and size == len(ids):  # EOS was not cut off
             weights[size - 2] = 0
-        ends = start + np.flatnonzero(tokens[start:size] == words.delimiter_id)
+        ends = start + np.flatnonzero(tokens[start:size] == tokenizer.delimiter_id)
         last = size if closed else (ends[-1] + 1 if len(ends) else start)
         behind = np.cumsum(np.isin(np.arange(start, last) - 1, ends))
         segments[:start], segments[start:last] = 1, 2 + behind
@@ -150,7 +153,7 @@ class Formatter:
             "weights": weights,
             "segments": segments,
             "label_positions": restarted(segments),
-            "prompt": np.array(words.prompt(), np.int32),
+            "prompt": np.array(tokenizer.prompt(), np.int32),
         }
 
 

@@ -173,8 +173,11 @@ class _Nltk:
             self.lemma("dogs")
         except LookupError as error:
             version = tuple(int(part) for part in re.findall(r"\d+", nltk.__version__)[:3])
-            names = ("punkt_tab averaged_perceptron_tagger_eng wordnet" if version >= _NEW_NLTK
-                     else "punkt averaged_perceptron_tagger wordnet omw-1.4")  # fmt: skip
+            names = (
+                "punkt_tab averaged_perceptron_tagger_eng wordnet"
+                if version >= _NEW_NLTK
+                else "punkt averaged_perceptron_tagger wordnet omw-1.4"
+            )
             raise records.DataError(
                 f"NLTK {nltk.__version__} lacks its data. Remedy:\n"
                 f"    python -m nltk.downloader {names}\n"

@@ -44,7 +44,7 @@ class Nxtp(saving.Model):
 
     Args:
       cfg, params: of the network, in the training layout.
-      words: the vocabulary.
+      tokenizer: of labels, `vocabulary.Vocabulary`.
       prompt: what the labels follow.
       sections: "task" and "formatter" of the run's recipe, for `save`.
     """
@@ -53,19 +53,19 @@ class Nxtp(saving.Model):
         self,
         cfg: network_lib.NxtpConfig,
         params: Any,
-        words: vocabulary.Vocabulary,
+        tokenizer: vocabulary.Vocabulary,
         *,
         prompt: str = vocabulary.PROMPTS[0],
         sections: Mapping[str, Mapping[str, Any]] | None = None,
     ):
-        if words.size != cfg.decoder.vocab_size:
+        if tokenizer.size != cfg.decoder.vocab_size:
             raise ValueError(
-                f"the tokenizer has {words.size} ids with the two added ones, the decoder "
+                f"the tokenizer has {tokenizer.size} ids with the two added ones, the decoder "
                 f"{cfg.decoder.vocab_size}; give the tokenizer that it was trained with"
             )
-        self.cfg, self.words, self.params = cfg, words, params
+        self.cfg, self.tokenizer, self.params = cfg, tokenizer, params
         self._prompt_text, self._sections = prompt, dict(sections or {})
-        self._prompt = np.array(words.prompt(prompt), np.int32)
+        self._prompt = np.array(tokenizer.prompt(prompt), np.int32)
         self._network, self._image_half = network_lib.make(cfg), network_lib.make_image_half(cfg)
         decode_params, decode_cfg = llama.decode_form(params["decoder"], cfg.decoder)
         self._decoder = network_lib.make_decoder(decode_cfg)
@@ -79,9 +79,9 @@ class Nxtp(saving.Model):
     def parts(self, *, copy_shipped: bool = True) -> saving.Parts:
         """See `saving.Model.parts`."""
         del copy_shipped  # nothing in it comes with the package
-        file, write = self.words.file()
+        file, write = self.tokenizer.file()
         task, formatter = (dict(self._sections.get(name, {})) for name in ("task", "formatter"))
-        task |= dict(delimiter_id=self.words.delimiter_id)
+        task |= dict(delimiter_id=self.tokenizer.delimiter_id)
         formatter |= dict(tokenizer=f"{{workdir}}/{file}", image_size=self.cfg.vision.image_size)
         return saving.Parts(
             system="nxtp",
@@ -173,23 +173,23 @@ class Nxtp(saving.Model):
         self, k: int, max_tokens: int, ranking: str, unfinished: bool, threshold: float, prompt: str
     ) -> Callable[[np.ndarray], list[list[tuple[str, float]]]]:
         """Cut photos, uint8[N, S, S, 3] -> their labels. Checks the options."""
-        if not 1 <= k <= self.words.size:
-            raise ValueError(f"k={k} is not in 1 ... {self.words.size}, the vocabulary's size")
+        if not 1 <= k <= self.tokenizer.size:
+            raise ValueError(f"k={k} is not in 1 ... {self.tokenizer.size}, the vocabulary's size")
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens} must be at least 1")
         if ranking not in RANKINGS:
             raise ValueError(f"ranking={ranking!r} is none of {', '.join(RANKINGS)}")
         if threshold and ranking in ("ppl", "none"):
             raise ValueError(f"threshold={threshold} needs scores that are better when larger")
-        prompt_ids = np.array(self.words.prompt(prompt), np.int32) if prompt else self._prompt
+        prompt_ids = np.array(self.tokenizer.prompt(prompt), np.int32) if prompt else self._prompt
 
         def run(photos: np.ndarray) -> list[list[tuple[str, float]]]:
             results = []
             for _, count, (filled,) in buckets.pieces(MAX_IMAGES, photos):
                 lists = label_lists.rank_all(
                     self._find(filled, k, max_tokens, prompt_ids),
-                    self.words.decode,
-                    delimiter_id=self.words.delimiter_id,
+                    self.tokenizer.decode,
+                    delimiter_id=self.tokenizer.delimiter_id,
                     by=ranking,
                     unfinished=unfinished,
                 )
@@ -231,7 +231,7 @@ class Nxtp(saving.Model):
         self, photos: np.ndarray, k: int, max_tokens: int, prompt: np.ndarray
     ) -> one_shot.OneShot:
         """`one_shot.decode` of photos, compiled for their number and one of few larger k."""
-        most = buckets.length(k, self.words.size, _UNIT)
+        most = buckets.length(k, self.tokenizer.size, _UNIT)
         key = most, max_tokens
         if key not in self._compiled:
 
@@ -246,7 +246,7 @@ class Nxtp(saving.Model):
                     k=most,
                     used=used,
                     max_tokens=max_tokens,
-                    delimiter_id=self.words.delimiter_id,
+                    delimiter_id=self.tokenizer.delimiter_id,
                     prefix_block=self.cfg.num_image,
                 )
 
@@ -285,11 +285,11 @@ def from_run(
       prompt: what the labels follow; "" is the first of those that training draws from.
       dtype: compute dtype; "" is bfloat16 on an accelerator, float32 on a CPU.
     """
-    words = vocabulary.load(tokenizer or formatter.tokenizer)
+    loaded = vocabulary.load(tokenizer or formatter.tokenizer)
     return Nxtp(
         _computed_in(task.cfg, dtype),
         params,
-        words,
+        loaded,
         prompt=prompt or vocabulary.PROMPTS[0],
         sections={"task": saving.section_of(task), "formatter": saving.section_of(formatter)},
     )
@@ -319,7 +319,7 @@ def from_upstream(
     from vlm_jax.systems.nxtp import weights as nxtp
 
     tensors = nxtp.read(checkpoint, clip)  # opened, not loaded
-    words = vocabulary.load(tokenizer or llama)
+    loaded = vocabulary.load(tokenizer or llama)
     sizes = pathlib.Path(llama).expanduser() / "params.json" if llama else None
     decoder = nxtp.decoder_config_of(tensors, sizes if sizes and sizes.exists() else "")
     cfg = network_lib.NxtpConfig(nxtp.vision_config_of(tensors), decoder)
@@ -327,7 +327,7 @@ def from_upstream(
     abstract = network_lib.make(cfg).abstract()
     memory.require_for_loading(checkpoint, abstract, copy_dtype=copy_dtype(dtype))
     params = nxtp.from_tensors(tensors, abstract)
-    return Nxtp(cfg, params, words)
+    return Nxtp(cfg, params, loaded)
 
 
 def copy_dtype(dtype: str = "") -> str:

@@ -152,7 +152,10 @@ class Embed(nnx.Module):
         plain = llama.Embed(dataclasses.replace(cfg, vocab_size=self.num_base), rngs)
         self.table = plain.table
         # Standard normal; upstream: models/llama.py, where the table is extended.
-        draw = lambda: jax.random.normal(rngs.params(), (cfg.width,), cfg.param_dtype)  # noqa: E731
+
+        def draw():
+            return jax.random.normal(rngs.params(), (cfg.width,), cfg.param_dtype)
+
         self.image, self.empty = nnx.Param(draw()), nnx.Param(draw())
 
     def __call__(self, tokens_bt):

@@ -98,8 +98,10 @@ class Vocabulary:
         if self._library:
             content = self._tokenizer.serialized_model_proto()
             return "tokenizer.model", {"tokenizer.model": lambda path: path.write_bytes(content)}
-        named = {f"{kind}_token": self._tokenizer.id_to_token(getattr(self, f"{kind}_id"))
-                 for kind in ("bos", "eos")}  # fmt: skip
+        named = {
+            f"{kind}_token": self._tokenizer.id_to_token(getattr(self, f"{kind}_id"))
+            for kind in ("bos", "eos")
+        }
         texts = {
             "tokenizer.json": self._tokenizer.to_str(),
             "tokenizer_config.json": json.dumps(named, indent=2) + "\n",

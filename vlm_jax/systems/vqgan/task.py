@@ -238,10 +238,15 @@ class VqganTask:
         verdict = adversary.when(
             is_on,
             lambda: adversary.judge(
-                self.discriminator, params["discriminator"], image01, recon01, weight_b,
-                kind=self.gan_loss, r1_weight=self.r1_weight,
+                self.discriminator,
+                params["discriminator"],
+                image01,
+                recon01,
+                weight_b,
+                kind=self.gan_loss,
+                r1_weight=self.r1_weight,
             ),
-        )  # fmt: skip
+        )
         weight = jnp.asarray(self.gan_weight, jnp.float32)
         if self.gan_adaptive:
             kernel = params["decoder"]["conv_out"]["kernel"]
@@ -273,9 +278,13 @@ class VqganTask:
             return z_byxc.reshape(-1, z_byxc.shape[-1]), ids_bt.ravel(), weight_bt.ravel()
 
         return revival.update(
-            state, latents, rng,
-            every=self.revive_every, decay=self.revive_decay, floor=self.revive_floor,
-        )  # fmt: skip
+            state,
+            latents,
+            rng,
+            every=self.revive_every,
+            decay=self.revive_decay,
+            floor=self.revive_floor,
+        )
 
     def check_batch(self, batch: Mapping[str, np.ndarray]) -> None:
         """Raises ConfigError when the pictures do not fit the network."""

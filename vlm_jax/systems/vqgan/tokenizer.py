@@ -37,8 +37,14 @@ def load_upstream(path: str, task: VqganTask) -> Any:
         found = vqgan_weights.config_beside(path)
     except FileNotFoundError:
         found = task.cfg  # no config.json beside the weights; the shapes still have to fit
-    for name in ("num_embeddings", "quantized_width", "channel_mult", "hidden_channels",
-                 "norm_groups", "resample_with_conv"):  # fmt: skip
+    for name in (
+        "num_embeddings",
+        "quantized_width",
+        "channel_mult",
+        "hidden_channels",
+        "norm_groups",
+        "resample_with_conv",
+    ):
         if getattr(found, name) != getattr(task.cfg, name):
             raise errors.WeightsError(
                 f"{path} has {name}={getattr(found, name)}, the model {getattr(task.cfg, name)}"

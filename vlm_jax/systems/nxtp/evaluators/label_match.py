@@ -117,9 +117,10 @@ class Evaluator:
         embed(seen.words())  # all at once, in few batches; what follows finds them kept
         curves = {
             "k": {name: self._over_k(seen, name, embed) for name in seen.predictions},
-            "threshold": {name: self._over_thresholds(seen, name, embed)
-                          for name in seen.predictions},
-        }  # fmt: skip
+            "threshold": {
+                name: self._over_thresholds(seen, name, embed) for name in seen.predictions
+            },
+        }
         scores = label_match.match(seen.predictions[""][self.k], seen.references, embed)
         results = {
             **scores.means(),
@@ -139,8 +140,10 @@ class Evaluator:
         lines, shown = [], []
         for batch in data.batches:
             outputs, places = data.predict(batch), batch.scored()
-            by_k = {k: data.read({name: x[:, :k] for name, x in outputs.items()}, batch)
-                    for k in self.ks}  # fmt: skip
+            by_k = {
+                k: data.read({name: x[:, :k] for name, x in outputs.items()}, batch)
+                for k in self.ks
+            }
             photos_u8 = [batch.hosts[at].images[0] for at in places]
             guesses = known.guess(photos_u8, self.ks[-1]) if known is not None else {}
             for i, at in enumerate(places):
@@ -186,9 +189,11 @@ class Evaluator:
                     "id": name,
                     "labels": [[label, round(float(score), 6)] for label, score in seen.ranked[i]],
                     "references": seen.references[i],
-                    **{key: round(float(getattr(scores, key)[i]), 6)
-                       for key in ("recall", "precision", "f1")},
-                }  # fmt: skip
+                    **{
+                        key: round(float(getattr(scores, key)[i]), 6)
+                        for key in ("recall", "precision", "f1")
+                    },
+                }
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
         table = self.table(results)
         (out_dir / "table.md").write_text(table + "\n", **records.TEXT)
@@ -312,9 +317,12 @@ def _draw_curves(curves: Mapping[str, Any], path: pathlib.Path) -> None:
             if not name:
                 for point, x, y in zip(points, recalls, precisions):
                     axes.annotate(
-                        f" {point[kind]:g}", (x, y), fontsize=8, xytext=(3, 3),
+                        f" {point[kind]:g}",
+                        (x, y),
+                        fontsize=8,
+                        xytext=(3, 3),
                         textcoords="offset points",
-                    )  # fmt: skip
+                    )
         axes.set_title(f"by {'number of labels' if kind == 'k' else kind}", fontsize=10)
         axes.set_xlabel("recall", fontsize=9)
         axes.set_ylabel("precision", fontsize=9)
