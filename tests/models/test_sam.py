@@ -86,15 +86,17 @@ def test_three_masks_of_each_prompt():
 # ---- against transformers ----------------------------------------------------------------------
 
 
+@functools.cache
 def drawn(cfg, seed=0):
-    """Random parameters that any program can draw: paths in order, one generator."""
+    """Random parameters that any program can draw: transformers' names in order, one generator."""
     rng = np.random.default_rng(seed)
-    flat = functional.flatten(sam.make(cfg).abstract())
-    return functional.unflatten(
-        {path: (0.05 * rng.standard_normal(flat[path].shape)).astype(np.float32)
-         + np.float32(path.endswith("scale"))
-         for path in sorted(flat)}
-    )  # fmt: skip
+    rules = weights.HF_RULES
+    shapes = weights.join_shapes(convert.reverted_shapes(sam.make(cfg).abstract(), rules))
+    made = {}
+    for name in sorted(shapes):
+        one = np.float32("norm" in name and name.endswith("weight"))
+        made[name] = (0.05 * rng.standard_normal(shapes[name])).astype(np.float32) + one
+    return weights.from_tensors(in_memory({name: (lambda x=x: x) for name, x in made.items()}), cfg)
 
 
 def theirs(cfg, params):
