@@ -52,8 +52,12 @@ setup(
     license_files=["LICENSE", "third_party/NOTICE.md"],
     python_requires=">=3.11",
     # Recipes travel inside the package, so that an installed wheel can run them.
-    packages=[*find_packages(include=["vlm_jax", "vlm_jax.*"]), "vlm_jax.configs"],
-    package_dir={"vlm_jax.configs": "configs"},
+    packages=[
+        *find_packages(include=["vlm_jax", "vlm_jax.*"]),
+        "vlm_jax.configs",
+        "vlm_jax.configs.parts",
+    ],
+    package_dir={"vlm_jax.configs": "configs", "vlm_jax.configs.parts": "configs/parts"},
     # Editable installs put the checkout on the path. Setuptools' default, a hook behind the path,
     # loses against a folder vlm_jax beside the user's script, as `git clone` makes one.
     options={"editable_wheel": {"mode": "compat"}},

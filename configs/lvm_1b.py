@@ -1,4 +1,7 @@
-"""LVM 1B: `lvm_3b.py` with the sizes of the paper's 1B model."""
+"""LVM 1B: `lvm_3b.py` with the sizes of the paper's 1B model.
+
+Hardware: TPU v3 pods; hours and numbers of this size are not stated.
+"""
 
 from configs import lvm_3b
 

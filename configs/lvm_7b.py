@@ -1,7 +1,8 @@
 """LVM 7B, the released size: `lvm_3b.py` with the numbers of the published command.
 
 524,288 tokens an update and a schedule that is far from its end when training stops: the published
-run counts micro-steps (400,000, four to an update) but decays over 288,000 updates.
+run counts micro-steps (400,000, four to an update) but decays over 288,000 updates. Hardware: nodes
+of eight GPUs in the published command; hours and numbers are not stated.
 """
 
 from configs import lvm_3b

@@ -17,12 +17,13 @@ More photos than a few thousand: `vlm_jax.tools.tokenize_images`, see docs/own_d
 """
 
 from configs import lvm_3b
+from configs.parts import lvm_demo
 
 
 def get_config(arg=""):
     if arg not in ("", "released"):
         raise ValueError(f"lvm_own: argument {arg!r} is neither '' nor 'released'")
-    c = released() if arg else lvm_3b.tiny()
+    c = released() if arg else lvm_demo.tiny()
     c.path = ""
     c.task.temperature = 0.0 if arg else 1.0
     images = c.task.context_images + 1

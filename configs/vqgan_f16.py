@@ -24,20 +24,29 @@ downsamples by 4 only (256 tokens of 1,024 codes per image, as many tokens as th
 made (vlm_jax/assets/vqgan_tiny). `:tiny_decoder` goes on with the decoder of that one, with LPIPS
 (first three stages) and the discriminator.
 
-No full form has been run to its end.
+Hardware, hours and numbers of the released tokenizer are not stated. No full form has been run to
+its end.
 """
 
 import ml_collections
 
+from configs.parts import vqgan_demo, vqgan_guards
+
+tiny, tiny_decoder = vqgan_demo.tiny, vqgan_demo.tiny_decoder
 FORMS = ("", "decoder", "tiny", "tiny_decoder")
-DECODER_ONLY = r"^(decoder|post_quant_conv|discriminator)/"
 
 
 def get_config(arg=""):
     if arg not in FORMS:
         known = ", ".join(map(repr, FORMS))
         raise ValueError(f"vqgan_f16: argument {arg!r} is none of {known}")
-    return {"": full, "decoder": decoder, "tiny": tiny, "tiny_decoder": tiny_decoder}[arg]()
+    forms = {
+        "": full,
+        "decoder": decoder,
+        "tiny": tiny,
+        "tiny_decoder": tiny_decoder,
+    }
+    return forms[arg]()
 
 
 def full():
@@ -67,9 +76,9 @@ def full():
         log_every=50, save_every=2_000, keep_last=3, milestone_every=50_000,
         tensorboard=True, wandb="",
         guards=dict(
-            codes=codes_in_use(400.0, after=10_000, patience=1_000),
-            latents=latents_bounded(),
-            discriminator=discriminator_beatable(after=110_000, patience=5_000),
+            codes=vqgan_guards.codes_in_use(400.0, after=10_000, patience=1_000),
+            latents=vqgan_guards.latents_bounded(),
+            discriminator=vqgan_guards.discriminator_beatable(after=110_000, patience=5_000),
         ),
     )  # fmt: skip
     # Not every path need be given: without held-out pictures, set evals to {}.
@@ -86,98 +95,10 @@ def full():
 def decoder():
     c = full()
     c.task.update(quantizer_weight=0.0, entropy_weight=0.0, gan_start=0)
-    c.optim.update(lr=5e-5, warmup_steps=1_000, trainable=DECODER_ONLY)
+    c.optim.update(lr=5e-5, warmup_steps=1_000, trainable=vqgan_demo.DECODER_ONLY)
     c.init.random = "^discriminator/"
     c.train.steps = 200_000
-    c.train.guards = dict(discriminator=discriminator_beatable(after=10_000, patience=5_000))
-    return c
-
-
-def tiny():
-    size = 64
-    c = ml_collections.ConfigDict()
-    c.system = "vqgan"
-    c.model = dict(preset="tiny", dtype="float32")
-    c.task = dict(
-        l1_weight=0.5, l2_weight=4.0, quantizer_weight=1.0, factor_on="commitment",
-        entropy_weight=0.02, entropy_temperature=0.1,
-    )  # fmt: skip
-    c.formatter = dict(size=size, crop="none", flip=False)
-    c.data = dict(
-        mixture=dict(
-            photos=dict(type="demo_photos", split="train", crops=4_000, size=size, weight=0.85),
-            frames=dict(
-                type="demo_frames", split="train", size=size, videos=("carphone", "bikes"),
-                weight=0.15,
-            ),
-        ),
-        packing="none",
-    )  # fmt: skip
-    heldout = dict(
-        mixture=dict(photos=dict(type="demo_photos", split="heldout", crops=0, size=size)),
-        packing="none",
+    c.train.guards = dict(
+        discriminator=vqgan_guards.discriminator_beatable(after=10_000, patience=5_000)
     )
-    c.optim = dict(
-        lr=3e-3, end_lr=5e-5, warmup_steps=30, decay_steps=0, weight_decay=0.0, decay=".*",
-        b1=0.9, b2=0.99, clip_norm=1.0, trainable=".*", ema=0.0,
-        # Codes have to follow the latents, which move far in the first hundred steps.
-        lr_scale={"quantize/embedding": 10.0},
-    )  # fmt: skip
-    c.mesh = dict(data=1, fsdp=-1, tensor=1)
-    c.init = dict(run="", upstream="", random="")
-    c.train = dict(
-        steps=1_500, batch_size=8, accumulate=1, seed=0,
-        log_every=20, save_every=300, keep_last=2, milestone_every=0,
-        tensorboard=True, wandb="",
-        guards=dict(codes=codes_in_use(20.0, after=300, patience=200), latents=latents_bounded()),
-    )  # fmt: skip
-    c.evals = dict(
-        heldout=dict(
-            type="reconstruction", predict="reconstruct", codes=1024, every=300, batch_size=8,
-            ssim=True, data=heldout,
-        ),
-    )  # fmt: skip
     return c
-
-
-def tiny_decoder():
-    c = tiny()
-    c.task = dict(
-        l1_weight=1.0, l2_weight=0.0, quantizer_weight=0.0, factor_on="commitment",
-        perceptual_weight=1.0, perceptual_stages=3,
-        gan_weight=0.8, gan_adaptive=True, gan_start=100, gan_loss="hinge",
-        disc_width=32, disc_layers=2, disc_groups=8,
-    )  # fmt: skip
-    c.optim.update(
-        lr=1e-3, warmup_steps=20, b1=0.5, trainable=DECODER_ONLY,
-        lr_scale={"^discriminator/": 0.5},
-    )  # fmt: skip
-    c.init = dict(run="", upstream="tiny", random="^discriminator/")
-    c.train.update(steps=300, save_every=100)
-    c.train.guards = dict(discriminator=discriminator_beatable(after=200, patience=200))
-    c.evals.heldout.update(every=100, lpips=True, frechet=True, layer="relu3_3")
-    return c
-
-
-def codes_in_use(least, after, patience):
-    return dict(
-        metric="batch_code_perplexity", min=least, after=after, patience=patience,
-        reason="The codebook collapses: raise task.entropy_weight, set task.revive_every, or give "
-        "quantize/embedding a larger learning rate by optim.lr_scale",
-    )  # fmt: skip
-
-
-def latents_bounded():
-    return dict(
-        metric="latent_rms", max=100.0, patience=100,
-        reason="The latents run away from their codes: lower optim.lr, or raise "
-        "task.quantizer_weight or model.commitment_cost",
-    )  # fmt: skip
-
-
-def discriminator_beatable(after, patience):
-    return dict(
-        metric="disc/decided", max=0.95, after=after, patience=patience,
-        reason="The discriminator is sure of nearly every patch and teaches nothing: lower its "
-        "learning rate (optim.lr_scale), set task.r1_weight, or start later (task.gan_start)",
-    )  # fmt: skip

@@ -18,6 +18,7 @@ meaning and language models need no new tokens.
 """
 
 from configs import vqgan_f16
+from configs.parts import vqgan_demo, vqgan_guards
 
 
 def get_config(arg=""):
@@ -41,12 +42,12 @@ def get_config(arg=""):
 
 
 def small():
-    c = vqgan_f16.tiny()
+    c = vqgan_demo.tiny()
     c.formatter.update(crop="center")
     c.init = dict(run="", upstream="tiny", random="")
     c.optim.update(lr=5e-4, warmup_steps=20)
     c.train.update(steps=400, save_every=200)
-    c.train.guards = dict(latents=vqgan_f16.latents_bounded())
+    c.train.guards = dict(latents=vqgan_guards.latents_bounded())
     c.evals.heldout.update(every=200)
     return c
 

@@ -40,8 +40,8 @@ def test_contents(wheel):
     for path in ROOT.glob("vlm_jax/**/*.py"):
         assert str(path.relative_to(ROOT)) in names
     assert "vlm_jax/py.typed" in names
-    for path in ROOT.glob("configs/*.py"):
-        assert f"vlm_jax/configs/{path.name}" in names
+    for path in [*ROOT.glob("configs/*.py"), *ROOT.glob("configs/parts/*.py")]:
+        assert f"vlm_jax/{path.relative_to(ROOT)}" in names
     for path in (ROOT / "vlm_jax" / "assets").rglob("*"):
         if path.is_file():
             assert str(path.relative_to(ROOT)) in names
