@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vlm_jax.nn import attention, functional, lora, mlp
+from vlm_jax.nn import attention, functional, lora, mlp, perceptron
 from vlm_jax.ops import attention as ops
 from vlm_jax.ops import rope
 
@@ -179,9 +179,29 @@ def test_gated_mlp(sizes, norm_eps):
     np.testing.assert_allclose(layer(x), apply(layer.down, hidden), atol=2e-5)
 
 
+@pytest.mark.parametrize("torch_start", [False, True])
+def test_perceptron(torch_start):
+    layer = perceptron.Perceptron(nnx.Rngs(0), (6, 50, 40, 3), "relu", torch_start=torch_start)
+    x = np.asarray(numbers(2, 5, 6))
+    wanted = x
+    for i, linear in enumerate(layer.layers):
+        kernel, bias = np.asarray(linear.kernel[...]), np.asarray(linear.bias[...])
+        wanted = (np.maximum(wanted, 0) if i else wanted) @ kernel + bias
+        bound = len(kernel) ** -0.5
+        if torch_start:  # of a uniform distribution: its edges are reached
+            assert 0.95 * bound < np.abs(kernel).max() <= bound and 0 < np.abs(bias).max() <= bound
+        else:
+            assert kernel.std() == pytest.approx(0.02, rel=0.25) and not bias.any()
+    np.testing.assert_allclose(layer(x), wanted, atol=1e-6)
+    half = perceptron.Perceptron(nnx.Rngs(0), (6, 3), "gelu", dtype="bfloat16")
+    assert half(x).dtype == jnp.bfloat16 and layer(x[0, 0]).shape == (3,)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="'swish' is none of"):
         mlp.Mlp(nnx.Rngs(0), 4, 4, "swish")
+    with pytest.raises(ValueError, match="'tanh' is none of"):
+        perceptron.Perceptron(nnx.Rngs(0), (4, 4), "tanh")
     with pytest.raises(ValueError, match="width 10 is not a multiple of num_heads 4"):
         attention.Attention(nnx.Rngs(0), 10, 4)
     with pytest.raises(ValueError, match="not stacked"):

@@ -230,6 +230,19 @@ def test_cudnn_itself(case):
         assert np.linalg.norm(a.astype(jnp.float32) - b) < 2e-2 * np.linalg.norm(b)
 
 
+def test_branches_always_read_a_key():
+    # Their own: a prefix of padding alone changes nothing.
+    q, keys, values = make(t=3, s=7, k=2)
+    own_k, own_v = np.random.default_rng(1).normal(size=(2, 2, 3, 2, 4, 8)).astype(np.float32)
+    none = jnp.zeros((2, 7), bool)
+    out = jax.jit(attention.attend_branches)(
+        q, keys, values, own_k, own_v, jnp.int32(2), prefix_valid_bs=none
+    )
+    for r in range(3):
+        mine = (x[:, r, :, :2].swapaxes(1, 2) for x in (own_k, own_v))
+        close(out[:, r : r + 1], plain(q[:, r : r + 1], *mine))
+
+
 def numbers_like(*sizes):
     return jnp.asarray(np.random.default_rng(4).normal(size=sizes), jnp.float32)
 

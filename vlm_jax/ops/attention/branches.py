@@ -28,7 +28,7 @@ def attend_branches(
       q_brnh: queries, rotated, not yet scaled.
       prefix_k_bskh, prefix_v_bskh: the shared keys and values.
       own_k_brkth, own_v_brkth: each branch's own; axis t is slots.
-      length: int32, slots in use; at least 1.
+      length: int32, slots in use; at least 1, so that every query reads a key.
       prefix_valid_bs: bool, prefix keys that are real.
       scale: as in `attend`.
 
