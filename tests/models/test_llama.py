@@ -327,8 +327,8 @@ def test_every_rule_is_used():
 SHARDED = dataclasses.replace(TINY, remat="full", num_heads=4, num_kv_heads=4)
 
 
-def loss_and_grads(params, tokens):
-    module = network(SHARDED).bind(params)
+def loss_and_grads(params, tokens, cfg=SHARDED):
+    module = network(cfg).bind(params)
     hidden, _ = module.transform(
         module.embed(tokens), segments_bt=jnp.ones_like(tokens).at[:, 9:].set(2)
     )
@@ -338,14 +338,14 @@ def loss_and_grads(params, tokens):
     )[0]
 
 
-def run_on_mesh(sizes, params, tokens):
+def run_on_mesh(sizes, params, tokens, cfg=SHARDED):
     mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     places = sharding.of_params(mesh, llama.SHARDING_RULES, params)
     rows = jax.NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
     def step(params, tokens):
         with partition.use_mesh(mesh):
-            return jax.value_and_grad(loss_and_grads)(params, tokens)
+            return jax.value_and_grad(loss_and_grads)(params, tokens, cfg)
 
     step = jax.jit(
         step,
@@ -359,10 +359,23 @@ def run_on_mesh(sizes, params, tokens):
 def test_meshes_agree_with_one_device(sizes):
     if math.prod(sizes) > jax.device_count():
         pytest.skip(f"needs {math.prod(sizes)} devices, there are {jax.device_count()}")
-    params = random_params(SHARDED)
+    agree_on_mesh(sizes, random_params(SHARDED), SHARDED)
+
+
+def test_a_mesh_agrees_with_one_device_about_lora():
+    cfg = dataclasses.replace(SHARDED, lora_rank=4, lora_modules="q,k,v,o,gate,up,down")
+    params = functional.flatten(random_params(cfg))
+    for path, x in params.items():
+        if path.endswith("lora_b"):
+            params[path] = 0.1 * jax.random.normal(jax.random.key(1), x.shape)
+    agree_on_mesh((2, 2, 2), functional.unflatten(params), cfg)
+
+
+def agree_on_mesh(sizes, params, cfg):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 40, (8, 16)))
-    want, want_grads = jax.jit(jax.value_and_grad(loss_and_grads))(params, tokens)
-    got, grads = run_on_mesh(sizes, params, tokens)
+    one = functools.partial(loss_and_grads, cfg=cfg)
+    want, want_grads = jax.jit(jax.value_and_grad(one))(params, tokens)
+    got, grads = run_on_mesh(sizes, params, tokens, cfg)
     np.testing.assert_allclose(got, want, atol=1e-5)
     for path, want in functional.flatten(want_grads).items():
         np.testing.assert_allclose(functional.flatten(grads)[path], want, atol=1e-5, err_msg=path)
@@ -400,6 +413,8 @@ tiny = llama.LlamaConfig(40, 32, 3, 48, 4)
 if sys.argv[1] == "ours":
     for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2)):
         compile_step(tiny, sizes, llama.SHARDING_RULES)
+        lora = dict(lora_rank=4, lora_modules="q,k,v,o,gate,up,down")
+        compile_step(dataclasses.replace(tiny, **lora), sizes, llama.SHARDING_RULES)
 else:  # the familiar rule that cuts the embedding table both ways
     compile_step(tiny, (2, 2, 2), (("embed/table", P("tensor", "fsdp")), *llama.SHARDING_RULES))
 print("compiled")
