@@ -39,7 +39,8 @@ def test_tiles_names_and_errors(tmp_path):
     sheet = np.array(Image.open(tmp_path / "a.png"))[..., 0]
     one, two = [7, 7, 51, 51], [7, 7, 102, 102]
     np.testing.assert_array_equal(sheet, [one, one, two, two])
-    assert (tmp_path / "b" / "c.png").exists()
+    other = np.array(Image.open(tmp_path / "b" / "c.png"))[..., 0]
+    np.testing.assert_array_equal(other, [one, one, two, two])
     assert scores["pictures"] == 2
     assert scores["mse"] == pytest.approx((0.2**2 + 0.4**2) / 2)
     assert scores["mse_x3"] == pytest.approx(3 * (0.2**2 + 0.4**2) / 2)
