@@ -79,6 +79,15 @@ class SamConfig:
         """Side of the masks that the decoder makes."""
         return 4 * self.grid
 
+    @property
+    def encode_flops(self) -> float:
+        """Of encoding an image, forward only: the products of the blocks."""
+        places, w = self.grid**2, self.width
+        wide = len(self.global_blocks)
+        reads = wide * places + (self.depth - wide) * self.window**2
+        matrices = self.depth * 2 * (4 * w**2 + 2 * w * self.hidden)
+        return float(places * (matrices + 4 * w * reads))
+
 
 PRESETS = {  # upstream: segment_anything/build_sam.py
     "vit_b": SamConfig(768, 12, 12, (2, 5, 8, 11)),

@@ -22,7 +22,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.ops import losses
+from vlm_jax.ops import boxes, losses
 
 GIOU_MEANS = ("boxes", "ordered")
 
@@ -50,36 +50,17 @@ def box_terms(
     if giou_mean not in GIOU_MEANS:
         raise ValueError(f"giou_mean {giou_mean!r} is none of {GIOU_MEANS}")
     count = _count(valid_bk)
-    x0, y0, x1, y1 = jnp.moveaxis(boxes_bkx, -1, 0)
-    ordered_bk = valid_bk & (x1 >= x0) & (y1 >= y0)
+    ordered_bk = valid_bk & boxes.is_ordered(boxes_bkx)
     # Boxes without a GIoU are left out before it is computed: 0 times their NaN is NaN.
     kept_bkx = jnp.where(ordered_bk[..., None], boxes_bkx, true_bkx)
-    iou_bk, giou_bk = iou_and_giou(kept_bkx, jnp.where(valid_bk[..., None], true_bkx, 0.0))
+    there_bkx = jnp.where(valid_bk[..., None], true_bkx, 0.0)
+    iou_bk, giou_bk = boxes.iou(kept_bkx, there_bkx), boxes.giou(kept_bkx, there_bkx)
     giou_count = count if giou_mean == "boxes" else jax.lax.stop_gradient(_count(ordered_bk))
     terms = {
         "box_l1": losses.Term(_sum(jnp.abs(boxes_bkx - true_bkx).mean(-1), valid_bk), count),
         "box_giou": losses.Term(_sum(1 - giou_bk, ordered_bk), giou_count),
     }
     return terms, {"box_iou": losses.Term(jax.lax.stop_gradient(_sum(iou_bk, ordered_bk)), count)}
-
-
-def iou_and_giou(a_x: jax.Array, b_x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """IoU and generalised IoU of boxes with ordered corners, [..., 4] each.
-
-    Rezatofighi et al., arXiv 1902.09630. Without an epsilon; of two boxes without area the IoU is 0
-    and gradients are finite.
-    """
-    area_a, area_b = _area(a_x[..., :2], a_x[..., 2:]), _area(b_x[..., :2], b_x[..., 2:])
-    inter = _area(jnp.maximum(a_x[..., :2], b_x[..., :2]), jnp.minimum(a_x[..., 2:], b_x[..., 2:]))
-    hull = _area(jnp.minimum(a_x[..., :2], b_x[..., :2]), jnp.maximum(a_x[..., 2:], b_x[..., 2:]))
-    union = area_a + area_b - inter
-    iou = inter / jnp.where(union > 0, union, 1)
-    return iou, iou - (hull - union) / jnp.where(hull > 0, hull, 1)
-
-
-def _area(low, high):
-    sides = jnp.maximum(high - low, 0)
-    return sides[..., 0] * sides[..., 1]
 
 
 def cycle_terms(

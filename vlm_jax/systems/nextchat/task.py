@@ -306,10 +306,14 @@ class NextChatTask:
         return "images", float(batch["tokens"].shape[0])
 
     def flops_per_step(self, batch) -> float:
-        """Model FLOPs of an update of stages 1 and 2: the tower runs forward only, SAM not."""
+        """Model FLOPs of an update: both image encoders, and what only masks ask for, forward."""
         rows, length = batch["tokens"].shape
+        scales = self._scales()
+        learns = any(scales[name] for name in scales if not name.startswith("mask"))
         decoder = length * llama.flops_per_token(self.cfg.decoder, length)
-        return rows * (decoder + self.cfg.vision.training_flops / 3)
+        encode = self.cfg.sam.encode_flops if scales["mask_dice"] else 0.0
+        tower = self.cfg.vision.training_flops / 3
+        return rows * (decoder * (1 if learns else 1 / 3) + tower + encode)
 
     # ---- predictors ----------------------------------------------------------------------------
 
