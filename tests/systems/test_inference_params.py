@@ -1,6 +1,11 @@
 """Predictors on meshes, on parameters as they are trained and as they are laid out for decoding."""
 
 import functools
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -138,6 +143,36 @@ def test_meshes_and_layouts_predict_alike(name, mesh_name, layout):
                 np.testing.assert_array_equal(found[output], values, output)
             else:
                 np.testing.assert_allclose(found[output], values, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_predict_as_one(tmp_path):
+    """Four devices each, 2x2x2 together, both layouts of the parameters."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    root = pathlib.Path(__file__).parents[2]
+    script = [sys.executable, str(root / "tests" / "systems" / "predict_in_pairs.py")]
+    env = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    pair = [
+        subprocess.Popen(
+            [*script, str(rank), str(port), str(tmp_path)], cwd=root, env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=500)[0] for process in pair]
+    assert all("predicted 2 8" in text for text in said), said[0][-3000:]
+    for name in SYSTEMS:
+        for key, expected in alone(name).items():
+            for layout in ("training", "inference"):
+                found = np.load(tmp_path / f"{name}_{key}_{layout}.npz")
+                assert set(found) == set(expected)
+                for output, values in expected.items():
+                    if values.dtype.kind in "ib":
+                        np.testing.assert_array_equal(found[output], values, output)
+                    else:
+                        np.testing.assert_allclose(found[output], values, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
