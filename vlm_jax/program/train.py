@@ -15,7 +15,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -40,6 +40,9 @@ from vlm_jax.program import (
     workdir_files,
 )
 from vlm_jax.program import evaluate as evaluate_lib
+
+if TYPE_CHECKING:
+    from vlm_jax.program.run import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +120,7 @@ state_shardings = update.state_shardings
 
 
 def fit(
-    recipe: Any,
+    recipe: Recipe,
     task: Any,
     formatter: Any,
     workdir: pathlib.Path,
@@ -167,7 +170,7 @@ def fit(
 class _Run:
     """One run between its start and its end. Its methods are called in the order of `fit`."""
 
-    def __init__(self, recipe, task, formatter, workdir, mesh, meta, stop, closing):
+    def __init__(self, recipe: Recipe, task, formatter, workdir, mesh, meta, stop, closing):
         self.recipe, self.task, self.formatter = recipe, task, formatter
         self.workdir, self.mesh, self.meta = workdir, mesh, meta
         self.stop, self.closing = stop, closing

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,11 @@ from vlm_jax.nn import functional
 from vlm_jax.ops import losses
 from vlm_jax.program import optim, sharding
 
+if TYPE_CHECKING:
+    from vlm_jax.program.run import Recipe
 
-def make_train_step(task: Any, optimizer: optax.GradientTransformation, recipe: Any) -> Callable:
+
+def make_train_step(task: Any, optimizer: optax.GradientTransformation, recipe: Recipe) -> Callable:
     """(state, batch, rng) -> (state, metrics). Metrics are of the parameters before the update."""
     settings = recipe.optim
     schedule = optim.make_schedule(settings, recipe.train.steps)
@@ -76,14 +79,14 @@ def make_train_step(task: Any, optimizer: optax.GradientTransformation, recipe: 
     return train_step
 
 
-def init_state(task: Any, optimizer: Any, recipe: Any, rng: jax.Array) -> dict[str, Any]:
+def init_state(task: Any, optimizer: Any, recipe: Recipe, rng: jax.Array) -> dict[str, Any]:
     """Random parameters and a fresh optimizer. Pure, so that it can be traced or jitted."""
     params = task.init(rng)
     step = jnp.zeros((), jnp.int32)
     return {"step": step, "params": params, **fresh_optimizer(params, optimizer, recipe)}
 
 
-def fresh_optimizer(params: Any, optimizer: Any, recipe: Any) -> dict[str, Any]:
+def fresh_optimizer(params: Any, optimizer: Any, recipe: Recipe) -> dict[str, Any]:
     """What a state has besides its parameters: "opt_state" and, with averaging, "ema"."""
     learned, _ = optim.split(params, recipe.optim.trainable)
     fresh = {"opt_state": optimizer.init(learned)}
@@ -92,7 +95,7 @@ def fresh_optimizer(params: Any, optimizer: Any, recipe: Any) -> dict[str, Any]:
     return fresh
 
 
-def start_average(params: Any, recipe: Any) -> dict[str, Any]:
+def start_average(params: Any, recipe: Recipe) -> dict[str, Any]:
     """The moving average before any update: a copy of what learns."""
     learned, _ = optim.split(params, recipe.optim.trainable)
     return jax.tree.map(jnp.copy, learned)
@@ -106,7 +109,7 @@ def state_shardings(mesh: Any, task: Any, abstract: Mapping[str, Any]) -> dict[s
     return {"params": params, **sharding.like_params(mesh, rest, flat)}
 
 
-def averaged(state: Mapping[str, Any], recipe: Any) -> Any:
+def averaged(state: Mapping[str, Any], recipe: Recipe) -> Any:
     """The parameters to evaluate: the moving average where there is one."""
     if not recipe.optim.ema:
         return state["params"]
@@ -114,7 +117,7 @@ def averaged(state: Mapping[str, Any], recipe: Any) -> Any:
     return optim.merge(state["ema"], frozen)
 
 
-def describe(abstract: Any, recipe: Any, mesh: Any) -> str:
+def describe(abstract: Any, recipe: Recipe, mesh: Any) -> str:
     """A line about a state: how much learns, and what it takes on which devices."""
     learned, frozen = optim.split(abstract["params"], recipe.optim.trainable)
     count = {
