@@ -332,5 +332,13 @@ def test_stage_3_takes_sam_from_its_own_file(tmp_path):
     task = nextchat.make_task(MODEL | dict(sam=dict(preset="tiny")))
     found = nextchat.load_upstream(f"sam={tmp_path / 'sam.safetensors'}", task)
     jax.tree.map(np.testing.assert_array_equal, found, {"sam": params})
+    # A folder that holds the trained mask decoder alone: the file has the rest.
+    own = without("sam.model.image_encoder.", "sam.model.prompt_encoder.")
+    other = jax.tree.map(lambda x: x + 1, params)
+    file = in_memory({name: load() for name, load in sam.to_meta(other).items()})
+    found = weights.over_sam(own, file)
+    found = weights.from_tensors(found, abstract(golden.MASKS))["sam"]
+    jax.tree.map(np.testing.assert_array_equal, found["mask_decoder"], params["mask_decoder"])
+    jax.tree.map(np.testing.assert_array_equal, found["image_encoder"], other["image_encoder"])
     with pytest.raises(config_lib.ConfigError, match="the model makes no masks"):
         nextchat.load_upstream(f"sam={tmp_path / 'sam.safetensors'}", nextchat.make_task(MODEL))

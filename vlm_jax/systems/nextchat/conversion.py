@@ -6,19 +6,22 @@ import argparse
 
 from vlm_jax.systems.nextchat import network
 from vlm_jax.systems.nextchat import weights as nextchat
-from vlm_jax.weights import conversion, convert, export
+from vlm_jax.weights import conversion, convert, export, readers
 
 FORMATS = ("upstream",)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Where the tower comes from, which sharded training leaves out."""
+    """Where parts come from that a folder may lack."""
     parser.add_argument("--clip", default="", help="the CLIP file or folder of the image tower")
+    parser.add_argument("--sam", default="", help="the SAM file or folder")
 
 
 def read(args: argparse.Namespace) -> conversion.Weights:
     """A folder of the released layout."""
     tensors = nextchat.read(args.source, args.clip)
+    if args.sam:
+        tensors = nextchat.over_sam(tensors, readers.read(args.sam))
     cfg = nextchat.config_of(tensors, args.source)
     skipped = convert.ignored(tensors, nextchat.IGNORED)
     cfg, dtype, found = conversion.described(args, cfg, tensors, skipped, "upstream")

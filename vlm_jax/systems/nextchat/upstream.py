@@ -3,6 +3,7 @@
     init.upstream = "clip=clip-vit-large-patch14-336,llama=vicuna-7b-v1.5"   stage 1, as published
     init.upstream = "nextchat=nextchat-7b-336"                               the released folder
     init.upstream = "nextchat=stage2,clip=clip-vit-large-patch14-336"        written without a tower
+    init.upstream = "nextchat=stage3,sam=sam_vit_h_4b8939.pth"               what it lacks of SAM
     init.upstream = "clip=ViT-L-14-336px.pt,llama=smollm2"
     init.upstream = "sam=sam_vit_h_4b8939.pth"            stage 3, behind `init.run` of stage 2
 
@@ -63,7 +64,10 @@ def load_upstream(path: str, task: NextChatTask) -> dict[str, Any]:
         return saving.read_params(parts["nextchat"])
     if "nextchat" in parts:
         tensors = weights.read(parts["nextchat"])
-        weights.require_stated(tensors, parts["nextchat"], cfg)
+        weights.require_stated(parts["nextchat"], cfg)
+        if "sam" in parts:
+            _require_masks(path, cfg)
+            tensors = weights.over_sam(tensors, readers.read(parts.pop("sam")))
         params |= weights.from_tensors(tensors, task.network.abstract())
         if "vision" not in params and "clip" not in parts:
             raise config_lib.ConfigError(
@@ -80,9 +84,13 @@ def load_upstream(path: str, task: NextChatTask) -> dict[str, Any]:
         clip.require_stated(tensors, parts["clip"], cfg.vision, "model.vision")
         params["vision"] = weights.vision_from_clip(tensors, cfg.vision)
     if "sam" in parts:
-        if cfg.sam is None:
-            raise config_lib.ConfigError(
-                f"init.upstream={path}: the model makes no masks; leave sam out, or set model.sam"
-            )
+        _require_masks(path, cfg)
         params["sam"] = sam.from_tensors(readers.read(parts["sam"]), cfg.sam)
     return params
+
+
+def _require_masks(path, cfg):
+    if cfg.sam is None:
+        raise config_lib.ConfigError(
+            f"init.upstream={path}: the model makes no masks; leave sam out, or set model.sam"
+        )

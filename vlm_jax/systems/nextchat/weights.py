@@ -105,6 +105,18 @@ def over_clip(tensors: convert.Tensors, clip_tensors: convert.Tensors) -> lazy.T
     return lazy.Tensors(loaders, f"{convert.source_of(tensors)} with the tower of {source}")
 
 
+def over_sam(tensors: convert.Tensors, sam_tensors: convert.Tensors) -> lazy.Tensors:
+    """The tensors, and of SAM what they lack from a file of its own, in either layout.
+
+    A trained mask decoder goes before the file's, as upstream has it.
+    """
+    source = convert.source_of(sam_tensors)
+    params = sam.from_tensors(sam_tensors, sam.config_of(sam_tensors))
+    loaders = {_SAM + name: load for name, load in sam.to_meta(params).items()}
+    loaders |= {name: lazy.item(tensors, name) for name in tensors}
+    return lazy.Tensors(loaders, f"{convert.source_of(tensors)} over {source}")
+
+
 def from_tensors(
     tensors: convert.Tensors, abstract: Mapping[str, Any], shardings=None
 ) -> dict[str, Any]:
@@ -250,19 +262,18 @@ def _inside(tensors: convert.Tensors, beginning: str) -> lazy.Tensors:
     return lazy.Tensors(loaders, convert.source_of(tensors))
 
 
-def require_stated(
-    tensors: convert.Tensors, path: str | os.PathLike, cfg: network.NextChatConfig
-) -> None:
+def require_stated(path: str | os.PathLike, cfg: network.NextChatConfig) -> None:
     """Refuses a checkpoint whose config.json says what the model has otherwise.
 
     Raises:
       WeightsError: heads, angles or norms differ, which shapes do not tell.
     """
-    if not (readers.folder_of(path) / "config.json").exists():
+    file = readers.folder_of(path) / "config.json"
+    if not file.exists():
         return
-    found = config_of(tensors, path, cfg.vision)
+    found = readers.read_config(file, llama_model.LlamaConfig, _decoder_config)
     for field in ("num_heads", "kv_heads", "head_size", "rope_theta", "rms_eps"):
-        theirs, ours = getattr(found.decoder, field), getattr(cfg.decoder, field)
+        theirs, ours = getattr(found, field), getattr(cfg.decoder, field)
         if theirs != ours:
             raise errors.WeightsError(
                 f"{path} was trained with {field}={theirs}, the model has {ours}: the same weights "

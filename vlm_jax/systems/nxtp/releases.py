@@ -58,7 +58,7 @@ NXTP_G70M = dataclasses.replace(
 CLIP = released.Released(
     "CLIP ViT-L/14",
     "openai/clip-vit-large-patch14, or OpenAI's own ViT-L-14.pt",
-    r"ViT-L-14|clip-vit-large-patch14",
+    r"ViT-L-14(?!-336)|clip-vit-large-patch14(?!-336)",
     "nxtp (its tower)",
     released.UNKNOWN,
     "sha256 b8cca3fd (ViT-L-14.pt; OpenAI names the folder of the file by it)",
