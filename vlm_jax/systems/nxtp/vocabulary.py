@@ -69,6 +69,11 @@ class Vocabulary:
         self.image_id, self.empty_id, self.size = base, base + 1, base + 2
         self.delimiter_id = self._delimiter(name)
 
+    @property
+    def tokenizer(self) -> Any:
+        """What it was made of: a `SentencePieceProcessor` or a `tokenizers.Tokenizer`."""
+        return self._tokenizer
+
     def _delimiter(self, name: str) -> int:
         ids = self.encode(f"a{DELIMITER} b") if self._whole else self.encode(DELIMITER)
         found = [i for i in ids if self.decode([i]).strip() == DELIMITER]
