@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import functools
 import os
+import pathlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlm_jax.data import records
+from vlm_jax.encoders import tokenizer_files
 from vlm_jax.systems.nextchat import network
-from vlm_jax.systems.nxtp import vocabulary as base_lib
 
 _SPACE = "\u2581"  # SentencePiece's mark of a space
 
@@ -112,22 +113,23 @@ class Tokenizer:
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
 
+    def file(self) -> tuple[str, dict[str, Callable[[pathlib.Path], None]]]:
+        """Its file's name, and name -> function writing the file; see `tokenizer_files.written`."""
+        return tokenizer_files.written(self._tokenizer, bos_id=self.bos_id, eos_id=self.eos_id)
+
 
 @functools.lru_cache(maxsize=4)
 def load(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a SentencePiece `.model`, a `tokenizer.json`, a `.gguf`, or "smollm2".
+    """The tokenizer of a file, see `tokenizer_files.load`; "smollm2" is a published one.
 
     Raises:
       DataError: not a tokenizer, or one without begin and end.
+      MissingExtraError: the package that reads it is missing.
     """
-    plain = base_lib.load(path)
-    return Tokenizer(
-        plain.tokenizer, bos_id=plain.bos_id, eos_id=plain.eos_id, num_base=plain.image_id
-    )
-
-
-def file_of(path: str | os.PathLike) -> tuple[str, dict[str, Callable]]:
-    """As `vocabulary.Vocabulary.file`, for models that are saved."""
-    if not path:
-        raise records.DataError("no tokenizer is named; set formatter.tokenizer")
-    return base_lib.load(path).file()
+    found = tokenizer_files.load(path)
+    if found.bos_id is None or found.eos_id is None or min(found.bos_id, found.eos_id) < 0:
+        raise records.DataError(
+            f"{found.name}: begin token {found.bos_id}, end token {found.eos_id}; both are needed"
+        )
+    ids = dict(bos_id=int(found.bos_id), eos_id=int(found.eos_id))
+    return Tokenizer(found.tokenizer, num_base=found.num_ids, **ids)

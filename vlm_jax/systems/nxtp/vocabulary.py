@@ -12,13 +12,13 @@ beside it, so there every label is encoded with a space in front, and the delimi
 from __future__ import annotations
 
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vlm_jax.data import records, tokenizers, wheels
+from vlm_jax.data import records, tokenizers
+from vlm_jax.encoders import tokenizer_files
 
 DELIMITER = ","
 # Templates that training draws from; inference takes the first. upstream: src/dataset.py
@@ -69,11 +69,6 @@ class Vocabulary:
         self.image_id, self.empty_id, self.size = base, base + 1, base + 2
         self.delimiter_id = self._delimiter(name)
 
-    @property
-    def tokenizer(self) -> Any:
-        """What it was made of: a `SentencePieceProcessor` or a `tokenizers.Tokenizer`."""
-        return self._tokenizer
-
     def _delimiter(self, name: str) -> int:
         ids = self.encode(f"a{DELIMITER} b") if self._whole else self.encode(DELIMITER)
         found = [i for i in ids if self.decode([i]).strip() == DELIMITER]
@@ -96,25 +91,8 @@ class Vocabulary:
         return self._tokenizer.decode(ids)
 
     def file(self) -> tuple[str, dict[str, Callable[[pathlib.Path], None]]]:
-        """Its file's name, and name -> function writing the file, of all files that `load` needs.
-
-        What was read from a GGUF file becomes a tokenizer.json.
-        """
-        if self._library:
-            content = self._tokenizer.serialized_model_proto()
-            return "tokenizer.model", {"tokenizer.model": lambda path: path.write_bytes(content)}
-        named = {
-            f"{kind}_token": self._tokenizer.id_to_token(getattr(self, f"{kind}_id"))
-            for kind in ("bos", "eos")
-        }
-        texts = {
-            "tokenizer.json": self._tokenizer.to_str(),
-            "tokenizer_config.json": json.dumps(named, indent=2) + "\n",
-        }
-        return "tokenizer.json", {
-            name: functools.partial(pathlib.Path.write_text, data=text, encoding="utf-8")
-            for name, text in texts.items()
-        }
+        """Its file's name, and name -> function writing the file; see `tokenizer_files.written`."""
+        return tokenizer_files.written(self._tokenizer, bos_id=self.bos_id, eos_id=self.eos_id)
 
     @functools.cache  # noqa: B019 - one vocabulary per process, a dozen prompts
     def prompt(self, text: str = PROMPTS[0]) -> tuple[int, ...]:
@@ -148,53 +126,15 @@ class Vocabulary:
         return [*ids, self.delimiter_id] if labels else ids
 
 
-# Of files that do not say which tokens begin and end a text, in this order.
-_BEGINS = ("<s>", "<|begin_of_text|>", "<bos>", "<|im_start|>", "<|endoftext|>", "[CLS]")
-_ENDS = ("</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|endoftext|>", "[SEP]")
-
-
 @functools.lru_cache(maxsize=4)
 def load(path: str | os.PathLike) -> Vocabulary:
-    """The vocabulary of a file: SentencePiece `.model`, `tokenizer.json`, or `.gguf`.
-
-    A folder holds one of them; "smollm2" is a published file. Begin and end of a tokenizer.json
-    are those of the tokenizer_config.json beside it, or tokens of a usual name.
+    """The vocabulary of a file, see `tokenizer_files.load`.
 
     Raises:
       DataError: not a tokenizer, or one that does not do; see `Vocabulary`.
       MissingExtraError: the package that reads it is missing.
     """
-    if not path:
-        raise records.DataError(
-            "no tokenizer is named: set it (formatter.tokenizer in a recipe) to "
-            "a SentencePiece tokenizer.model, a tokenizer.json or a .gguf file"
-        )
-    file = wheels.find(path)
-    if file.is_dir():
-        names = ("tokenizer.model", "tokenizer.json")
-        found = [file / name for name in names if (file / name).exists()]
-        if not found:
-            raise records.DataError(f"{file} holds no tokenizer: neither {' nor '.join(names)}")
-        file = found[0]
-    if not file.exists():
-        raise records.DataError(f"{file}: no such tokenizer")
-    with tokenizers.named_errors(file):  # tokens that are no text, say
-        return _open(file)
-
-
-def _open(file: pathlib.Path) -> Vocabulary:
-    if file.suffix == ".model":
-        return Vocabulary(tokenizers.from_sentencepiece(file), name=str(file))
-    if file.suffix == ".gguf":
-        from vlm_jax.weights import readers
-
-        metadata = readers.read(file).metadata
-        ids = {f"{k}_id": metadata.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos")}
-        return Vocabulary(tokenizers.from_gguf(metadata), name=str(file), **ids)
-    tokenizer = tokenizers.from_json(file)
-    named = tokenizers.special_tokens(file)
-    ids = {}
-    for kind, usual in (("bos", _BEGINS), ("eos", _ENDS)):
-        found = map(tokenizer.token_to_id, (named.get(f"{kind}_token", ""), *usual))
-        ids[f"{kind}_id"] = next((i for i in found if i is not None), None)
-    return Vocabulary(tokenizer, name=str(file), **ids)
+    found = tokenizer_files.load(path)
+    ids = dict(bos_id=found.bos_id, eos_id=found.eos_id)
+    with tokenizers.named_errors(found.name):  # tokens that are no text, say
+        return Vocabulary(found.tokenizer, name=found.name, **ids)
