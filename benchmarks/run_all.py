@@ -49,6 +49,7 @@ GPU = (
     Program("train 1B", "llama_train_step.py --preset lvm_1b --attention cudnn xla --alone", 75),
     Program("decode 3B", "llama_decode.py --preset lvm_3b --batches 1 32 --alone", 75),
     Program("attention", "attention.py --rounds 10", 60),
+    Program("SAM ViT-H", "sam.py --preset vit_h --batches 1 8 --skip_torch", 75),
     Program("input pipeline", "input_pipeline.py --seconds 1", 75),
 )
 CPU = (
@@ -57,6 +58,7 @@ CPU = (
     Program("VQGAN", "vqgan.py"),
     Program("one-shot labels", "one_shot.py --k 1 10 --skip jax"),
     Program("attention", "attention.py"),
+    Program("SAM ViT-B", "sam.py"),
     Program("input pipeline", "input_pipeline.py"),
 )
 QUICK = (
@@ -65,6 +67,7 @@ QUICK = (
     Program("VQGAN", "vqgan.py --preset tiny --rounds 1", 300),
     Program("one-shot labels", "one_shot.py --tiny --k 1 --batch 1", 300),
     Program("attention", "attention.py --small --rounds 1", 300),
+    Program("SAM", "sam.py --preset tiny --rounds 1", 300),
     Program("input pipeline", "input_pipeline.py --ids 64 --batch 8 --rows 64 --seconds 0.2", 300),
 )
 
