@@ -58,6 +58,7 @@ CPU = (
     Program("VQGAN", "vqgan.py"),
     Program("one-shot labels", "one_shot.py --k 1 10 --skip jax"),
     Program("attention", "attention.py"),
+    Program("chat with a box", "nextchat_chat.py"),
     Program("SAM ViT-B", "sam.py"),
     Program("input pipeline", "input_pipeline.py"),
 )
@@ -67,6 +68,7 @@ QUICK = (
     Program("VQGAN", "vqgan.py --preset tiny --rounds 1", 300),
     Program("one-shot labels", "one_shot.py --tiny --k 1 --batch 1", 300),
     Program("attention", "attention.py --small --rounds 1", 300),
+    Program("chat with a box", "nextchat_chat.py --tiny --new 16 --rounds 1", 300),
     Program("SAM", "sam.py --preset tiny --rounds 1", 300),
     Program("input pipeline", "input_pipeline.py --ids 64 --batch 8 --rows 64 --seconds 0.2", 300),
 )
