@@ -58,6 +58,16 @@ class Square:
         boxes = np.asarray(boxes01, np.float32).reshape(-1, 4)
         return boxes * np.float32(self.side) - np.array([x, y, x, y], np.float32)
 
+    def points_in(self, points_px: Any) -> np.ndarray:
+        """float32[..., 2] (x, y) in pixels of the image -> in 0..1 of the square; cut, too."""
+        points = np.asarray(points_px, np.float32) + np.array(self.offset, np.float32)
+        return np.clip(points / np.float32(self.side), 0, 1).astype(np.float32)
+
+    def points_out(self, points01: Any) -> np.ndarray:
+        """float32[..., 2] in 0..1 of the square -> pixels of the image."""
+        points = np.asarray(points01, np.float32) * np.float32(self.side)
+        return points - np.array(self.offset, np.float32)
+
     def image_in(self, image_u8: np.ndarray, side: int, fill: int = 255) -> np.ndarray:
         """uint8[side, side, 3]: padded, then resized (bicubic), as CLIP's picture of NExT-Chat."""
         x, y = self.offset
@@ -81,9 +91,12 @@ class Square:
         return out, np.array([left, top, left + width, top + height], np.int32)
 
     def mask_in(self, mask_yx: np.ndarray, side: int) -> np.ndarray:
-        """uint8[side, side] of 0 and 1: a mask of the image, as `canvas` places it."""
+        """uint8[side, side] of 0 and 1: a mask of the image, as `canvas` places it.
+
+        What is not 0 is inside: sums of polygons are 2 where they overlap.
+        """
         height, width = _fitted(self.size, side)
-        values = np.asarray(mask_yx, np.uint8)
+        values = np.asarray(mask_yx, bool).astype(np.uint8)
         small = np.array(Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR))
         left, top = (side - width) // 2, (side - height) // 2
         out = np.zeros((side, side), np.uint8)
