@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vlm_jax import answer
 from vlm_jax.data import annotations as annotations_lib
 from vlm_jax.data import records
 
@@ -206,3 +207,26 @@ def to_openpose(points: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
     left, right = points[5], points[6]
     neck = ((left[0] + right[0]) / 2, (left[1] + right[1]) / 2, min(left[2], right[2]))
     return [neck if source < 0 else tuple(points[source]) for source in _OPENPOSE]
+
+
+def of_answer(image_u8: np.ndarray, said: answer.Answer) -> np.ndarray:
+    """The image with what an answer shows: masks half covering, boxes, points, and their numbers.
+
+    Returns:
+      uint8 of the image's shape.
+    """
+    canvas = image_u8.astype(np.float32)
+    for number, rle in enumerate(said.masks):
+        where = annotations_lib.decode(rle)
+        canvas[where] = 0.5 * canvas[where] + 0.5 * np.array(colour(number + 1), np.float32)
+    image = Image.fromarray(np.round(canvas).astype(np.uint8))
+    pen, width = ImageDraw.Draw(image), max(2, _line(image_u8))
+    for number, (x0, y0, x1, y1) in enumerate(said.boxes_xyxy_px.tolist()):
+        corners = [min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)]
+        pen.rectangle(corners, outline=colour(number + 1), width=width)
+        pen.text((corners[0] + 2 * width, corners[1] + 2 * width), f"[{number}]", fill="white",
+                 stroke_width=1, stroke_fill="black")  # fmt: skip
+    for number, (x, y) in enumerate(said.points_xy_px.tolist()):
+        around = [x - 2 * width, y - 2 * width, x + 2 * width, y + 2 * width]
+        pen.ellipse(around, fill=colour(number + 1), outline="white")
+    return np.array(image)

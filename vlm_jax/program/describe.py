@@ -346,6 +346,8 @@ def _readers(prepare: Any, of: str | None = None) -> list[Any]:
 def _of_classes(hint: Any, name: str) -> Iterator[Section]:
     """A model's dataclass, or each of a union, and those of its parts."""
     for cls in typing.get_args(hint) or (hint,):
+        if not dataclasses.is_dataclass(cls):
+            continue  # None: a part that may be left out
         hints = typing.get_type_hints(cls)
         of_key = {key: typing.get_args(hint) or (hint,) for key, hint in hints.items()}
         parts = {key for key, found in of_key.items() if any(map(dataclasses.is_dataclass, found))}

@@ -5,7 +5,21 @@ question, boxes in it ───────┴── language model ── <at> 
                                                           └── mask, by SAM
 """
 
+from vlm_jax.systems.nextchat.format import make_formatter
+from vlm_jax.systems.nextchat.model import NextChat, copy_dtype, from_run, from_upstream
 from vlm_jax.systems.nextchat.task import NextChatTask, make_task
 from vlm_jax.systems.nextchat.upstream import load_upstream
 
-__all__ = ["NextChatTask", "load_upstream", "make_task"]
+EXAMPLE = 'model.chat("photo.jpg", "Where is the dog?")'  # of the cards of saved models
+
+__all__ = [
+    "EXAMPLE",
+    "NextChat",
+    "NextChatTask",
+    "copy_dtype",
+    "from_run",
+    "from_upstream",
+    "load_upstream",
+    "make_formatter",
+    "make_task",
+]

@@ -195,7 +195,9 @@ class NextChat(nnx.Module):
         """float[B, S, S, 3], normalised -> x_bpd for the decoder, p = `cfg.num_image`."""
         return self.projector(self.image_features(image_byxc))
 
-    def inputs(self, tokens_bt, image_byxc=None, boxes_bkx=None, boxes_valid_bk=None):
+    def inputs(
+        self, tokens_bt, image_byxc=None, boxes_bkx=None, boxes_valid_bk=None, image_bpd=None
+    ):
         """What the decoder reads.
 
         Args:
@@ -205,6 +207,7 @@ class NextChat(nnx.Module):
           boxes_bkx: float32[B, K, 4], of the `<boxes>` tokens of each row in their order. None,
             and tokens beyond the valid ones, keep the row of the table.
           boxes_valid_bk: bool; None is all.
+          image_bpd: of `image_vectors`, where the image was encoded before.
 
         Returns:
           x_btd in the decoder's compute dtype.
@@ -212,6 +215,7 @@ class NextChat(nnx.Module):
         x_btd = self.decoder.embed(tokens_bt)
         if image_byxc is not None:
             image_bpd = self.image_vectors(image_byxc)
+        if image_bpd is not None:
             x_btd = slots.put(x_btd, tokens_bt == self.cfg.patch_id, image_bpd)
         if boxes_bkx is not None:
             if boxes_valid_bk is not None:  # what is in empty slots reaches no gradient
