@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import test_describe
-from tests.evaluators import fakes, test_few_shot_scores
+from tests.evaluators import fakes, test_few_shot_scores, test_grounding
 from tests.evaluators import test_context_perplexity as context_rows
 from tests.systems import test_nxtp_label_evaluator
 from vlm_jax import task as task_lib
@@ -88,6 +88,11 @@ def of_generation():
     return fakes.run(generation.Evaluator(candidates=1), [batch], reader=reader, predict=predict)
 
 
+def of_grounding():
+    of = test_grounding
+    return of.run(of.TRUE, of.SAID)
+
+
 def of_label_match():
     of = test_nxtp_label_evaluator
     train_batch = of.photos(0, 1)
@@ -122,6 +127,7 @@ def test_every_score_is_explained(monkeypatch):
         "context_perplexity": of_context_perplexity(),
         "few_shot": of_few_shot(monkeypatch),
         "generation": of_generation(),
+        "grounding": of_grounding(),
         "label_match": of_label_match(),
         "reconstruction": of_reconstruction(monkeypatch),
         "image_grid": {"token_match": 0},  # of LvmTask
@@ -131,11 +137,14 @@ def test_every_score_is_explained(monkeypatch):
         check(f"`{name}`", found)
 
 
-@pytest.mark.parametrize("name", ["perplexity", "label_match", "few_shot", "reconstruction"])
+@pytest.mark.parametrize(
+    "name", ["perplexity", "grounding", "label_match", "few_shot", "reconstruction"]
+)
 def test_baselines_are_scores(name, monkeypatch):
     """What an evaluator calls baselines are keys that it gives, of keys that it gives."""
     given = {
         "perplexity": of_perplexity,
+        "grounding": of_grounding,
         "label_match": of_label_match,
         "few_shot": lambda: of_few_shot(monkeypatch),
         "reconstruction": lambda: of_reconstruction(monkeypatch),

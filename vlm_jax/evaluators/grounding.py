@@ -9,8 +9,8 @@
     false_alarm              share of the images without a target for which a place was given
     unreadable               share of the answers that could not be read
 
-With ends of a 95 % interval beside acc_50, ciou and giou (`acc_50_low`, `acc_50_high`), from samples
-of the images with replacement. Beside the boxes stands what needs no image:
+With ends of a 95 % interval beside acc_50, ciou and giou (`acc_50_low`, `acc_50_high`), from
+samples of the images with replacement. Beside the boxes stands what needs no image:
 
     centre_acc_50            a box of half the sides in the middle
     mean_acc_50              the mean of the true boxes, as shares of the sides
