@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import test_describe
-from tests.evaluators import fakes, test_few_shot_scores, test_grounding
+from tests.evaluators import fakes, test_few_shot_scores, test_grounding, test_yes_no
 from tests.evaluators import test_context_perplexity as context_rows
 from tests.systems import test_nxtp_label_evaluator
 from vlm_jax import task as task_lib
@@ -93,6 +93,10 @@ def of_grounding():
     return of.run(of.TRUE, of.SAID)
 
 
+def of_yes_no():
+    return test_yes_no.run(["yes", "no"], ["yes", "no"])
+
+
 def of_label_match():
     of = test_nxtp_label_evaluator
     train_batch = of.photos(0, 1)
@@ -130,6 +134,7 @@ def test_every_score_is_explained(monkeypatch):
         "grounding": of_grounding(),
         "label_match": of_label_match(),
         "reconstruction": of_reconstruction(monkeypatch),
+        "yes_no": of_yes_no(),
         "image_grid": {"token_match": 0},  # of LvmTask
     }
     assert set(scores) == set(task_lib.known("evaluators"))
