@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from tests import test_describe
-from tests.evaluators import fakes, test_few_shot_scores, test_grounding, test_yes_no
+from tests.evaluators import (
+    fakes,
+    test_caption_evaluator,
+    test_few_shot_scores,
+    test_grounding,
+    test_yes_no,
+)
 from tests.evaluators import test_context_perplexity as context_rows
 from tests.systems import test_nxtp_label_evaluator
 from vlm_jax import task as task_lib
@@ -93,6 +99,10 @@ def of_grounding():
     return of.run(of.TRUE, of.SAID)
 
 
+def of_captions():
+    return test_caption_evaluator.run(["a dog", "a cat"], ["a dog", "the cat"])
+
+
 def of_yes_no():
     return test_yes_no.run(["yes", "no"], ["yes", "no"])
 
@@ -134,6 +144,7 @@ def test_every_score_is_explained(monkeypatch):
         "grounding": of_grounding(),
         "label_match": of_label_match(),
         "reconstruction": of_reconstruction(monkeypatch),
+        "captions": of_captions(),
         "yes_no": of_yes_no(),
         "image_grid": {"token_match": 0},  # of LvmTask
     }
