@@ -115,7 +115,7 @@ def test_answers_come_back_in_pixels():
         (dict(boxes_px=[[1, 1, float("nan"), 5]]), "boxes_px: .*not finite"),
         (dict(boxes_px=[[100, 1, 150, 5]]), "boxes_px: .*outside of the image"),
         (dict(turns=["Where?", "x " * 400 + "<at> <boxes>"]), "formatter.max_tokens is 256"),
-        (dict(masks=[None, None]), "2 masks, and 1 locations in answers"),
+        (dict(masks=[None, [[1, 1, 9, 1, 9, 9]]]), "2 masks, and 1 locations in answers"),
         (dict(masks=[[[1, 1, 1, 1, 1, 1]]]), "mask 0 is empty"),
         (dict(masks=[{"size": [1, 2], "counts": [2]}]), r"mask 0: a mask of \(1, 2\)"),
         (dict(masks=[{"counts": [2]}]), "mask 0: 'size'"),

@@ -128,7 +128,9 @@ class Formatter:
         canvas_u8, place = square.canvas(image_u8, self.sam_size)
         masks = np.zeros((self.masks, self.sam_size, self.sam_size), np.uint8)
         valid = np.zeros(self.masks, bool)
-        given, count = record.get("masks") or (), int(_in_answers(encoded, self.words).sum())
+        given, count = list(record.get("masks") or ()), int(_in_answers(encoded, self.words).sum())
+        while given and given[-1] is None:
+            given.pop()
         if len(given) > count:
             raise records.BadRecordError(f"{len(given)} masks, and {count} locations in answers")
         if len(given) > self.masks:
