@@ -1,5 +1,6 @@
 """NExT-Chat's task: the reference's loss and gradients, mixed batches, what it refuses."""
 
+import functools
 import os
 import pathlib
 import re
@@ -394,13 +395,74 @@ def test_predicted_boxes_in_both_layouts(task, batch):
         jax.jit(task.predict["boxes"])(params, batch, None)
         for params in (golden.params(), task.inference_params(golden.params()))
     )
-    np.testing.assert_array_equal(own["box_valid"], batch["box_valid"])
     golden.close(decoding["boxes"], own["boxes"])
     answers = np.zeros_like(batch["box_valid"])
     for row, ids in enumerate(batch["tokens"]):
         for k, place in enumerate(np.flatnonzero(ids == CFG.at_id)):
             answers[row, k] = batch["weights"][row, place - 1] > 0
+    np.testing.assert_array_equal(own["box_valid"], answers)  # not those of questions
     golden.close(np.asarray(own["boxes"])[answers], expected)
+
+
+def row_of(name):
+    """A prompt of the reference as a row: its ids, then an answer that nobody reads."""
+    io, num_slots = golden.io(), 3
+    ids = io[f"{name}_input_ids"].astype(np.int32)
+    answer = np.array([[7, 8, 2]], np.int32)  # behind the prompt, with weights
+    tokens = np.concatenate([ids, answer, np.zeros((1, 5), np.int32)], axis=1)
+    prompt, length = ids.shape[1], tokens.shape[1]
+    boxes = io[f"{name}_loc_inputs"]
+    row = {
+        "image_u8": as_u8(io[f"{name}_images"], clip.MEAN, clip.STD),
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "weights": ((np.arange(length) >= prompt - 1) & (np.arange(length) < prompt + 2))[
+            None
+        ].astype(np.float32),
+        "token_valid": (np.arange(length) < prompt + 3)[None],
+        "boxes": np.pad(boxes, ((0, num_slots - len(boxes)), (0, 0)))[None],
+        "box_valid": (np.arange(num_slots) < len(boxes))[None],
+    }
+    place = {"gen": (0, 17, 128, 111), "region": (0, 0, 128, 128)}[name]
+    row["sam_u8"] = as_u8(io[f"{name}_images_sam"], sam.MEAN, sam.STD, 1)
+    return row | {"sam_place": np.array([place], np.int32)}
+
+
+@pytest.mark.parametrize("name, count", [("gen", 20), ("region", 16)])
+def test_answers_generated_from_rows(name, count):
+    """What the reference says, with and without regions in the question; boxes and masks of it."""
+    task, io = task_lib.make_task(MASKS), golden.io()
+    chat = functools.partial(task.predict["chat"], max_tokens=count, locations=4)
+    found = jax.jit(chat)(golden.params(golden.MASKS), row_of(name), jax.random.key(0))
+    np.testing.assert_array_equal(found["tokens"], io[f"{name}_sequences"][:, 1:])
+    valid = np.asarray(found["box_valid"])[0]
+    assert valid.sum() == len(io[f"{name}_locs"])
+    golden.close(np.asarray(found["boxes"])[0][valid], io[f"{name}_locs"])
+    golden.close(np.asarray(found["mask_iou"])[0][valid], io[f"{name}_iou"][:, 0], scale=1e-3)
+    logits = sam.upsample(found["mask_logits"], 128)[0][valid]
+    golden.close(logits, io[f"{name}_masks"][:, 0], scale=1e-3)
+
+
+def test_rows_of_other_lengths_are_answered_side_by_side():
+    task, rows_of = task_lib.make_task(MODEL), [row_of("gen"), row_of("region")]
+    length = max(row["tokens"].shape[1] for row in rows_of)
+    keys = ("image_u8", "tokens", "targets", "weights", "token_valid", "boxes", "box_valid")
+
+    def wide(x):
+        short = x.ndim == 2 and x.shape[1] > 100
+        return np.pad(x, ((0, 0), (0, length - x.shape[1]))) if short else x
+
+    batch = {key: np.concatenate([wide(row[key]) for row in rows_of]) for key in keys}
+    chat = functools.partial(task.predict["chat"], max_tokens=16)
+    found = jax.jit(chat)(golden.params(), batch, jax.random.key(0))
+    for row, name in enumerate(("gen", "region")):
+        expected = golden.io()[f"{name}_sequences"][0, 1:17]
+        np.testing.assert_array_equal(found["tokens"][row], expected)
+
+
+def test_an_answer_of_no_token_is_refused(task, batch):
+    with pytest.raises(config_lib.ConfigError, match="max_tokens=0"):
+        task.predict["chat"](golden.params(), batch, None, max_tokens=0)
 
 
 def test_scores_are_those_of_the_loss(task, batch):

@@ -293,8 +293,6 @@ def _all_sections() -> Iterator[tuple[str, list[Section]]]:
     found = [_section(name, cls, rows_of(cls)) for name, cls in shared.items()]
     yield "Every recipe", [_section(_TOP, run.Recipe, top), *found]
     for name in task_lib.known("systems"):
-        if not hasattr(task_lib.resolve(name, "systems"), "make_formatter"):
-            continue  # networks and weights, without recipes yet
         yield f"System {name}", list(_of_system(name))
     kinds = [*sorted(sources.TYPES), *task_lib.known("datasets")]
     kinds = [kind for kind in kinds if kind in sources.TYPES or _has(kind, "make_source")]

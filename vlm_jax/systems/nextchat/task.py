@@ -25,8 +25,11 @@ read, and are in one cycle loss.
 
     predict["score"]   logp float32[B, T] of every target
     predict["boxes"]   boxes float32[B, K, 4] decoded at each `<at>` when the conversation is given,
-                       box_valid bool[B, K]; of a forced answer this is REC's evaluation
+                       box_valid bool[B, K], those of answers; of a forced answer this is REC's
+                       evaluation
     predict["masks"]   the same, and mask_logits float32[B, K, S/4, S/4], mask_iou float32[B, K]
+    predict["chat"]    the last answer, generated from what stands before it, greedily: tokens
+                       int32[B, N], lengths int32[B], boxes, box_valid; with masks also their keys
 
 Boxes are fractions of the padded square's side. Terms of the loss: "text" and those of `losses.py`.
 Every term has a count of its own, so rows of all tasks may share a batch.
@@ -48,6 +51,7 @@ from vlm_jax.models import clip, llama, sam
 from vlm_jax.nn import functional
 from vlm_jax.ops import losses, slots
 from vlm_jax.program import config as config_lib
+from vlm_jax.systems.nextchat import generation
 from vlm_jax.systems.nextchat import losses as losses_lib
 from vlm_jax.systems.nextchat import network as network_lib
 
@@ -71,6 +75,7 @@ class NextChatTask:
       giou_mean: see `losses.box_terms`: "boxes", or "ordered" as released.
       masks_per_device: see `losses.mask_terms`; 0 counts them, as released.
       loss_chunk: places whose logits exist at once; 0 makes all logits.
+      eos_id: ends an answer of predict["chat"].
     """
 
     cfg: network_lib.NextChatConfig
@@ -82,6 +87,7 @@ class NextChatTask:
     giou_mean: str = "boxes"
     masks_per_device: int = 8
     loss_chunk: int = 0
+    eos_id: int = 2
 
     sharding_rules = network_lib.SHARDING_RULES
     inference_rules = network_lib.INFERENCE_RULES
@@ -120,7 +126,7 @@ class NextChatTask:
     @property
     def predict(self) -> Mapping[str, Any]:
         """Named predictors; see the module."""
-        found = {"score": self._score, "boxes": self._boxes}
+        found = {"score": self._score, "boxes": self._boxes, "chat": self._chat}
         return {**found, "masks": self._masks} if self.cfg.sam else found
 
     def init(self, rng: jax.Array) -> functional.Params:
@@ -347,8 +353,54 @@ class NextChatTask:
     def _forced(self, module, batch):
         """({"boxes", "box_valid"}, states_bkd) at each `<at>` of the conversation."""
         hidden_btd, num_slots = self.hidden(module, batch), batch["boxes"].shape[1]
-        states_bkd, valid_bk = module.locations(hidden_btd, batch["tokens"], num_slots)
+        states_bkd, found_bk = module.locations(hidden_btd, batch["tokens"], num_slots)
+        valid_bk = found_bk & self._in_answer(batch, num_slots)
         return {"boxes": module.box_decoder(states_bkd), "box_valid": valid_bk}, states_bkd
+
+    def _chat(self, params, batch, rng, *, max_tokens=20, locations=8):
+        if max_tokens < 1 or locations < 1:
+            raise config_lib.ConfigError(
+                f"max_tokens={max_tokens} and locations={locations} must be at least 1"
+            )
+        module = self.bind(params)
+        image_byxc = clip.normalize(batch["image_u8"])
+        x_btd = module.inputs(batch["tokens"], image_byxc, batch["boxes"], batch["box_valid"])
+        x_btd, valid_bt = _before_the_answer(x_btd, batch, self.cfg.boxes_id)
+        made = generation.answer(
+            module, x_btd, valid_bt, rng, num_new=max_tokens, eos_id=self.eos_id,
+            num_slots=locations,
+        )  # fmt: skip
+        found = {
+            "tokens": made.tokens_bt,
+            "lengths": made.lengths_b,
+            "boxes": made.boxes_bkx,
+            "box_valid": made.valid_bk,
+        }
+        if self.cfg.sam:
+            encoding_byxd = self._encoding(module, batch)
+            logits_bkyx, iou_bk = module.masks(encoding_byxd, made.states_bkd, made.boxes_bkx)
+            found |= {"mask_logits": logits_bkyx, "mask_iou": iou_bk}
+        return found
+
+
+def _before_the_answer(x_btd, batch, boxes_id):
+    """(x_btd, valid_bt): what stands before the last answer of each row, at the right end.
+
+    An answer begins where a target has a weight and the one before has none; `<boxes>`, which never
+    has one, is inside of it.
+    """
+    learned_bt = batch["weights"] > 0
+    inside_bt = learned_bt | (batch["targets"] == boxes_id)
+    before_bt = jnp.pad(inside_bt[:, :-1], ((0, 0), (1, 0)))
+    length, places = x_btd.shape[1], jnp.arange(x_btd.shape[1])
+    # The token at such a place is the last of the prompt; without one, all of the row is.
+    last_b = jnp.max(jnp.where(learned_bt & ~before_bt, places, -1), axis=1)
+    end_b = jnp.max(jnp.where(batch["token_valid"], places, 0), axis=1)
+    last_b = jnp.where(last_b < 0, end_b, last_b)
+    from_bt = places + last_b[:, None] + 1 - length
+    kept_bt = jnp.maximum(from_bt, 0)
+    valid_bt = (from_bt >= 0) & jnp.take_along_axis(batch["token_valid"], kept_bt, axis=1)
+    return jnp.take_along_axis(x_btd, kept_bt[..., None], axis=1), valid_bt
 
 
 def make_task(model: Mapping[str, Any], **task: Any) -> NextChatTask:
