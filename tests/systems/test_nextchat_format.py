@@ -1,5 +1,8 @@
 """Rows of conversations: tokens, boxes, masks of the reference; what is wrong is named."""
 
+import functools
+
+import jax
 import numpy as np
 import pytest
 
@@ -103,6 +106,28 @@ def test_answers_come_back_in_pixels():
     (masked, _) = made.read({**outputs, "mask_logits": logits}, [x["host"] for x in examples])
     found = annotations.decode(masked.masks[0])
     assert found.shape == (44, 60) and found[:, :29].all() and not found[:, 31:].any()
+
+
+def test_generated_answers_are_read():
+    """What the reference says to its first prompt, from the record to the answer in pixels."""
+    made = formatter(sam_size=128)
+    (row,) = rows(made, record(turns=[f"<image> {TEXTS['gen_prompt']}", "Answer: <at> <boxes> ."]))
+    host = row.pop("host")
+    mask = annotations.encode_rle(IO["prep_a_mask_in"] > 0)
+    (masked,) = rows(made, record(masks=[{"size": mask.size, "counts": mask.counts}]))
+    assert masked["host"].truth.masks == (mask,)
+    parts = dict.fromkeys(("vision", "decoder", "sam"), dict(preset="tiny"))
+    task = nextchat.make_task(parts)
+    batch = {key: x[None] for key, x in row.items()}
+    predict = functools.partial(task.predict["answer"], max_tokens=20, locations=4)
+    found = jax.jit(predict)(golden.params(golden.MASKS), batch, jax.random.key(0))
+    np.testing.assert_array_equal(found["tokens"][0], IO["gen_sequences"][0, 1:])
+    (said,) = made.read(jax.tree.map(np.asarray, found), [host])
+    assert said.text.count("<at> <boxes>") == 2 and said.problem == "cut off after 20 tokens"
+    np.testing.assert_allclose(said.boxes_xyxy_px, IO["gen_boxes_pixels"], atol=1e-2)
+    for one, expected in zip(said.masks, IO["gen_masks_pixels"]):
+        differing = annotations.decode(one) != (expected > 0)
+        assert differing.mean() < 0.02  # theirs are made larger once more on the way
 
 
 @pytest.mark.parametrize(

@@ -432,8 +432,8 @@ def row_of(name):
 def test_answers_generated_from_rows(name, count):
     """What the reference says, with and without regions in the question; boxes and masks of it."""
     task, io = task_lib.make_task(MASKS), golden.io()
-    chat = functools.partial(task.predict["chat"], max_tokens=count, locations=4)
-    found = jax.jit(chat)(golden.params(golden.MASKS), row_of(name), jax.random.key(0))
+    predict = functools.partial(task.predict["answer"], max_tokens=count, locations=4)
+    found = jax.jit(predict)(golden.params(golden.MASKS), row_of(name), jax.random.key(0))
     np.testing.assert_array_equal(found["tokens"], io[f"{name}_sequences"][:, 1:])
     valid = np.asarray(found["box_valid"])[0]
     assert valid.sum() == len(io[f"{name}_locs"])
@@ -453,8 +453,8 @@ def test_rows_of_other_lengths_are_answered_side_by_side():
         return np.pad(x, ((0, 0), (0, length - x.shape[1]))) if short else x
 
     batch = {key: np.concatenate([wide(row[key]) for row in rows_of]) for key in keys}
-    chat = functools.partial(task.predict["chat"], max_tokens=16)
-    found = jax.jit(chat)(golden.params(), batch, jax.random.key(0))
+    predict = functools.partial(task.predict["answer"], max_tokens=16)
+    found = jax.jit(predict)(golden.params(), batch, jax.random.key(0))
     for row, name in enumerate(("gen", "region")):
         expected = golden.io()[f"{name}_sequences"][0, 1:17]
         np.testing.assert_array_equal(found["tokens"][row], expected)
@@ -462,7 +462,7 @@ def test_rows_of_other_lengths_are_answered_side_by_side():
 
 def test_an_answer_of_no_token_is_refused(task, batch):
     with pytest.raises(config_lib.ConfigError, match="max_tokens=0"):
-        task.predict["chat"](golden.params(), batch, None, max_tokens=0)
+        task.predict["answer"](golden.params(), batch, None, max_tokens=0)
 
 
 def test_scores_are_those_of_the_loss(task, batch):

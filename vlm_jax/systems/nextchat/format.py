@@ -106,6 +106,11 @@ class Formatter:
             truth=answer.Answer(
                 text=turns[-1] if len(turns) % 2 == 0 else "",
                 boxes_xyxy_px=square.boxes_out(boxes[answers]),
+                masks=tuple(
+                    annotations_lib.encode_rle(decoded_mask(one, square.size))
+                    for one in (record.get("masks") or () if self.sam_size else ())
+                    if one is not None
+                ),
             ),
             size=square.size,
             images=(example["image_u8"],),
@@ -151,7 +156,10 @@ class Formatter:
     def read(
         self, outputs: Mapping[str, np.ndarray], hosts: list[answer.Host]
     ) -> list[answer.Answer]:
-        """Boxes, and masks where there are some, in pixels of the image as it was given."""
+        """Boxes, and masks where there are some, in pixels of the image as it was given.
+
+        Of generated tokens the text too, as the model writes it; `problem` says what was cut off.
+        """
         found = []
         for row, host in enumerate(hosts):
             square = geometry.Square(host.size)
@@ -161,8 +169,21 @@ class Formatter:
                 logits = np.asarray(outputs["mask_logits"][row], np.float32)[valid]
                 masks = [annotations_lib.encode_rle(square.mask_out(x)) for x in logits]
             boxes = square.boxes_out(np.asarray(outputs["boxes"][row])[valid])
-            found.append(answer.Answer(boxes_xyxy_px=boxes, masks=tuple(masks)))
+            text, problem = self._said(outputs, row) if "tokens" in outputs else ("", "")
+            found.append(
+                answer.Answer(text=text, boxes_xyxy_px=boxes, masks=tuple(masks), problem=problem)
+            )
         return found
+
+    def _said(self, outputs, row):
+        """(text, problem) of what was generated."""
+        ids = np.asarray(outputs["tokens"][row])[: int(outputs["lengths"][row])].tolist()
+        problems = []
+        if not ids or ids[-1] != self.words.eos_id:
+            problems.append(f"cut off after {len(ids)} tokens")
+        if lost := int(outputs["lost"][row]):
+            problems.append(f"{lost} locations more than there are slots")
+        return self.words.decode(ids), "; ".join(problems)
 
 
 def turns_of(record: Mapping[str, Any]) -> list[str]:

@@ -28,8 +28,9 @@ read, and are in one cycle loss.
                        box_valid bool[B, K], those of answers; of a forced answer this is REC's
                        evaluation
     predict["masks"]   the same, and mask_logits float32[B, K, S/4, S/4], mask_iou float32[B, K]
-    predict["chat"]    the last answer, generated from what stands before it, greedily: tokens
-                       int32[B, N], lengths int32[B], boxes, box_valid; with masks also their keys
+    predict["answer"]    the last answer, generated from what stands before it, greedily: tokens
+                       int32[B, N], lengths int32[B], boxes, box_valid, lost int32[B], locations
+                       beyond the slots; with masks also their keys
 
 Boxes are fractions of the padded square's side. Terms of the loss: "text" and those of `losses.py`.
 Every term has a count of its own, so rows of all tasks may share a batch.
@@ -75,7 +76,7 @@ class NextChatTask:
       giou_mean: see `losses.box_terms`: "boxes", or "ordered" as released.
       masks_per_device: see `losses.mask_terms`; 0 counts them, as released.
       loss_chunk: places whose logits exist at once; 0 makes all logits.
-      eos_id: ends an answer of predict["chat"].
+      eos_id: ends an answer of predict["answer"].
     """
 
     cfg: network_lib.NextChatConfig
@@ -126,7 +127,7 @@ class NextChatTask:
     @property
     def predict(self) -> Mapping[str, Any]:
         """Named predictors; see the module."""
-        found = {"score": self._score, "boxes": self._boxes, "chat": self._chat}
+        found = {"score": self._score, "boxes": self._boxes, "answer": self._answer}
         return {**found, "masks": self._masks} if self.cfg.sam else found
 
     def init(self, rng: jax.Array) -> functional.Params:
@@ -357,7 +358,7 @@ class NextChatTask:
         valid_bk = found_bk & self._in_answer(batch, num_slots)
         return {"boxes": module.box_decoder(states_bkd), "box_valid": valid_bk}, states_bkd
 
-    def _chat(self, params, batch, rng, *, max_tokens=20, locations=8):
+    def _answer(self, params, batch, rng, *, max_tokens=20, locations=8):
         if max_tokens < 1 or locations < 1:
             raise config_lib.ConfigError(
                 f"max_tokens={max_tokens} and locations={locations} must be at least 1"
@@ -373,6 +374,7 @@ class NextChatTask:
         found = {
             "tokens": made.tokens_bt,
             "lengths": made.lengths_b,
+            "lost": made.lost_b,
             "boxes": made.boxes_bkx,
             "box_valid": made.valid_bk,
         }
