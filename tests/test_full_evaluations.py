@@ -52,6 +52,9 @@ def records_of(evaluation, system):
     kind, fields = evaluation.config.type, evaluation.config.formatter
     if system == "nxtp":
         return [{"image_u8": photo(), "labels": ["dog", "sofa"]}]
+    if system == "nextchat":
+        turns = ["Where is the dog?", "Answer: <at> <boxes> ."]
+        return [{"image_u8": photo(), "turns": turns, "boxes_px": [[1, 2, 30, 35]]}]
     if system == "vqgan":
         return [{"image_u8": photo()}]
     if kind == "context_perplexity":
@@ -67,6 +70,10 @@ OVERRIDES = {
         f"--config.formatter.tokenizer={GOLDEN / 'tokenizer.model'}",
         "--config.task.delimiter_id=335",
         "--config.model.decoder.vocab_size=354",
+    ],
+    "nextchat": [
+        f"--config.formatter.tokenizer={GOLDEN.parent / 'nextchat' / 'tokenizer.model'}",
+        "--config.model.decoder.vocab_size=405",
     ],
     "vqgan": [],
 }

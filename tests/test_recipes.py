@@ -33,6 +33,10 @@ PARAMETERS = {  # counted from the upstream configurations
     "lvm_incontext": 5_100_800,
     "vqgan_f16": 146_244_675,
     # Without CLIP's temperature, which NXTP carries along unused.
+    # Without SAM and what prompts it, and with them.
+    "nextchat_stage1": 7_079_745_540,
+    "nextchat_stage2": 7_079_745_540,
+    "nextchat_stage3": 7_741_812_788,
     "nxtp_g3m": 1_783_838_720,
     "nxtp_g70m": 1_783_838_720,
     "nxtp_in1k": 1_783_838_720,
@@ -65,6 +69,9 @@ SCHEDULES = {
     ("lvm_incontext", ":anneal"): (80, 5, 80, 5e-4, 16, 1),
     ("lvm_incontext", ":tokenizer"): (6_000, 100, 6_000, 2e-3, 128, 1),
     ("lvm_incontext", ":tiny"): (60, 10, 60, 4e-3, 8, 1),
+    ("nextchat_stage1", ""): (65_000, 1_950, 65_000, 2e-5, 64, 1),
+    ("nextchat_stage2", ""): (4_950, 148, 4_950, 2e-5, 64, 1),
+    ("nextchat_stage3", ""): (5_950, 178, 5_950, 2e-5, 64, 1),
     ("nxtp_g3m", ""): (21_360, 2_000, 21_360, 1e-5, 512, 1),
     ("nxtp_g3m", ":tiny"): NXTP_TINY,
     ("nxtp_g70m", ""): (414_138, 2_000, 414_138, 1e-5, 512, 1),
