@@ -112,6 +112,12 @@ class Square:
         return rows @ np.asarray(logits_yx, np.float32) @ columns.T > 0
 
 
+def enlarged(logits_yx: np.ndarray, side: int) -> np.ndarray:
+    """float32[side, side] of logits of a square: bilinear, between the centres of pixels."""
+    matrix = _interpolation(len(logits_yx), side)
+    return matrix @ np.asarray(logits_yx, np.float32) @ matrix.T
+
+
 def checked_boxes(boxes_px: Any, size: tuple[int, int]) -> np.ndarray:
     """float32[K, 4] of people, looked at.
 

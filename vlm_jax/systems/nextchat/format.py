@@ -167,6 +167,8 @@ class Formatter:
             masks: Sequence[Any] = ()
             if "mask_logits" in outputs:
                 logits = np.asarray(outputs["mask_logits"][row], np.float32)[valid]
+                if self.sam_size:  # as large as SAM's square first, as upstream does
+                    logits = [geometry.enlarged(x, self.sam_size) for x in logits]
                 masks = [annotations_lib.encode_rle(square.mask_out(x)) for x in logits]
             boxes = square.boxes_out(np.asarray(outputs["boxes"][row])[valid])
             text, problem = self._said(outputs, row) if "tokens" in outputs else ("", "")
