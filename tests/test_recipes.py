@@ -257,8 +257,10 @@ def test_tiny_trains_stops_resumes_and_evaluates(name, tmp_path, demo_data):
     assert out.returncode == 0, out.stderr[-3000:]
     assert "resuming from step 3 of 6" in out.stderr
     assert lines_of(whole) == lines_of(parts)
-    assert (whole / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert list(whole.glob("eval/00000006/*/*.png"))
+    pictures = [whole / "curves.png", *whole.glob("eval/00000006/*/*.png")]
+    assert len(pictures) > 1
+    for picture in pictures:
+        assert_shows_something(picture)
     out = command(*common, f"--workdir={whole}", "--mode=evaluate")
     assert out.returncode == 0, out.stderr[-3000:]
     scored = json.loads((whole / "evaluation.jsonl").read_text().splitlines()[-1])
@@ -270,13 +272,23 @@ def test_tiny_trains_stops_resumes_and_evaluates(name, tmp_path, demo_data):
         made = predicts(tmp_path, "lvm", whole, "--continue", PICTURE, PICTURE, "--candidates=2")
         assert made == ["candidate_0_frame_0.png", "candidate_1_frame_0.png", "grid.png"]
         assert Image.open(tmp_path / "out" / "candidate_0_frame_0.png").size == (32, 32)
+        assert_shows_something(tmp_path / "out" / "grid.png")
     if name == "nxtp_g3m":
         made = predicts(tmp_path, "nxtp", whole, "--image", PICTURE, "--k=3", "--attention")
         layers = [f"picture_attention_layer_{layer}.png" for layer in range(3)]
         assert made == ["labels.json", "labels.png", *layers]
+        for picture in made[1:]:
+            assert_shows_something(tmp_path / "out" / picture)
 
 
 PICTURE = "picture.png"
+
+
+def assert_shows_something(path):
+    """A picture of some size that is not of one colour."""
+    pixels = np.array(Image.open(path).convert("RGB"))
+    assert min(pixels.shape[:2]) >= 32, (path, pixels.shape)
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 8, path
 
 
 def predicts(tmp_path, system, workdir, *arguments):
