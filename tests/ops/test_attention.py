@@ -65,7 +65,10 @@ def test_causal_in_blocks(monkeypatch):
     out = attend(q, k, v, causal=True, bias_bnts=bias)
     close(out, plain(q, k, v, masks.causal(11)[None], bias))
     # Gradients do not depend on the blocks.
-    loss = lambda q, k, v: (attend(q, k, v, causal=True) ** 2).sum()  # noqa: E731
+
+    def loss(q, k, v):
+        return (attend(q, k, v, causal=True) ** 2).sum()
+
     blocked = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
     monkeypatch.setattr(attention.blocks, "_BLOCK", 64)
     for a, b in zip(blocked, jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)):
@@ -92,7 +95,10 @@ def test_cache_slots():
 def test_fully_masked_row_is_finite():
     q, k, v = make()
     valid = jnp.array([[False] * 5, [True] * 5])
-    loss = lambda q: attend(q, k, v, causal=True, kv_valid_bs=valid).sum()  # noqa: E731
+
+    def loss(q):
+        return attend(q, k, v, causal=True, kv_valid_bs=valid).sum()
+
     value, grad = jax.value_and_grad(loss)(q)
     assert np.isfinite(value) and np.isfinite(grad).all()
 
@@ -173,7 +179,10 @@ def test_the_library_and_ours_agree(case):
         "prefix": dict(causal=True, prefix=3),
         "mask": dict(mask_bts=masks.segments(segments, segments)),
     }[case]
-    loss = lambda q, how: (attend(q, k, v, implementation=how, **where) ** 2).sum()  # noqa: E731
+
+    def loss(q, how):
+        return (attend(q, k, v, implementation=how, **where) ** 2).sum()
+
     for a, b in zip(*(jax.value_and_grad(loss)(q, how) for how in ("xla", "blocks"))):
         close(a, b, 1e-5)
         assert np.isfinite(a).all()

@@ -43,6 +43,7 @@ from vlm_jax.program import evaluate as evaluate_lib
 
 if TYPE_CHECKING:
     from vlm_jax.program.run import Recipe
+    from vlm_jax.task import Formatter, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +122,15 @@ state_shardings = update.state_shardings
 
 def fit(
     recipe: Recipe,
-    task: Any,
-    formatter: Any,
+    task: Task,
+    formatter: Formatter,
     workdir: pathlib.Path,
     *,
-    mesh: Any,
+    mesh: jax.sharding.Mesh,
     load_upstream: Callable[[str, Any], Any] | None = None,
     meta: Mapping[str, Any] | None = None,
     step_fn: Callable = make_train_step,
-    make: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None,
+    make: Callable[[Mapping[str, Any]], tuple[Task, Formatter]] | None = None,
     stop: stop_signal.StopSignal | None = None,
 ) -> dict[str, float]:
     """Trains to `recipe.train.steps`, resuming by itself; returns the last metrics.
