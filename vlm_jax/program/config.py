@@ -13,7 +13,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 POSITIVE = (math.ulp(0.0), math.inf)  # limits of `check_ranges`
@@ -219,3 +219,36 @@ def check_divides(whole_name: str, whole: int, part_name: str, part: int, remedy
             f"{whole_name}={whole} is not divisible by {part_name}={part}"
             f"{'; ' + remedy if remedy else ''}"
         )
+
+
+def upstream_parts(
+    path: str, known: Sequence[str], *, whole: str, without: Sequence[str]
+) -> dict[str, str]:
+    """The files of an `init.upstream` "PART=FILE,PART=FILE", by part.
+
+    Args:
+      path: a path alone is one of `whole`.
+      known: parts of the system.
+      whole: the part that holds all of a released model. without: parts that it holds already.
+
+    Raises:
+      ConfigError: an unknown part, or one that `whole` holds beside it.
+    """
+    if "=" not in path:
+        return {whole: path}
+    parts = {}
+    for item in path.split(","):
+        name, _, file = item.strip().partition("=")
+        if name not in known or not file:
+            raise ConfigError(
+                f"init.upstream={path!r}: {item!r} is not PART=FILE with a part of "
+                f"{', '.join(known)}"
+            )
+        parts[name] = file
+    for name in without:
+        if whole in parts and name in parts:
+            raise ConfigError(
+                f"init.upstream={path!r}: {whole} holds the language model already; leave {name} "
+                "out"
+            )
+    return parts

@@ -32,22 +32,7 @@ def parse(path: str) -> dict[str, str]:
     Raises:
       ConfigError: an unknown part, or nextchat together with llama.
     """
-    if "=" not in path:
-        return {"nextchat": path}
-    parts = {}
-    for item in path.split(","):
-        name, _, file = item.strip().partition("=")
-        if name not in _PARTS or not file:
-            raise config_lib.ConfigError(
-                f"init.upstream={path!r}: {item!r} is not PART=FILE with a part of "
-                f"{', '.join(_PARTS)}"
-            )
-        parts[name] = file
-    if "nextchat" in parts and "llama" in parts:
-        raise config_lib.ConfigError(
-            f"init.upstream={path!r}: nextchat holds the language model already; leave llama out"
-        )
-    return parts
+    return config_lib.upstream_parts(path, _PARTS, whole="nextchat", without=("llama",))
 
 
 def load_upstream(path: str, task: NextChatTask) -> dict[str, Any]:
