@@ -9,8 +9,9 @@ r"""NExT-Chat, stage 1: boxes in and out of Vicuna 7B, from CLIP ViT-L/14-336 (a
 Hardware: 8 A100-80G, 59 hours as published. Numbers to expect behind all stages: see
 `nextchat_stage2.py`.
 
-Every corpus is a JSONL of conversations (docs/own_data.md), drawn in proportion to its size; one
-without a path is taken out: `--config.data.mixture="{...}"`. The published mixture: a twentieth of
+Every corpus is a file of annotations (`datasets/grounded_annotations.py`), drawn in proportion to
+its size; one file may be told in two forms. One that is not there is taken out:
+`--config.data.mixture="{...}"`. The published mixture: a twentieth of
 Visual Genome's region captions and a tenth of its regions as questions, VQAv2, COCO captions,
 RefCOCO/+/g both ways, Flickr30k Entities, VCR, Visual7W.
 """
@@ -33,7 +34,7 @@ def get_config(arg=""):
             refcoco=("rec", "records"),
             refcoco_captions=("region caption", "records"),
             flickr30k=("grounded caption", "records"),
-            vcr=("vqa with reasons", "records"),
+            vcr=("vcr", "records"),
             visual7w=("pointing", "records"),
         )
     )

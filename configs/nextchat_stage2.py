@@ -20,13 +20,13 @@ def get_config(arg=""):
     c.data = dict(
         mixture=nextchat.corpora(
             # Shikra's two and a third of LLaVA-Instruct-150K; set these to their sizes.
-            gpt4gen=("grounded chat", 0.5 / 3),
-            shikra_rd=("grounded chat", 0.5 / 3),
+            gpt4gen=("reasoning", 0.5 / 3),
+            shikra_rd=("reasoning", 0.5 / 3),
             llava_instruct=("chat", 0.5 / 3),
             flickr30k=("grounded caption", 0.1),
             refcoco=("rec", 0.1),
             vqa=("vqa", 0.1),
-            vcr=("vqa with reasons", 0.1),
+            vcr=("vcr", 0.1),
             captions=("caption", 0.1),
         )
     )

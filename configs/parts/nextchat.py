@@ -36,9 +36,9 @@ def full(steps, trainable, masks=False):
 
 
 def corpora(**weights):
-    """Name -> conversations of it, as `datasets/conversations.py` reads them."""
+    """Name -> annotations of it in a form, see `datasets/grounded_annotations.py`."""
     return {
-        name: dict(type="conversations", path="", root="", form=form, weight=weight)
+        name: dict(type="grounded_annotations", path="", root="", form=form, weight=weight)
         for name, (form, weight) in weights.items()
     }
 
@@ -54,7 +54,10 @@ def grounding(predict):
         f"{corpus}_{split}": dict(
             type="grounding", predict=predict, several=several, batch_size=8,
             data=dict(
-                mixture=dict(heldout=dict(type="conversations", path="", root="")), shuffle=False
+                mixture=dict(heldout=dict(
+                    type="grounded_annotations", form="res" if predict == "masks" else "rec",
+                    path="", root="",
+                )), shuffle=False
             ),
         )
         for corpus, names in splits.items() for split in names

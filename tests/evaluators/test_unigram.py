@@ -33,3 +33,5 @@ def test_unigram_by_hand():
 def test_lines_without_class_or_fold():
     found = few_shot.summary([{"id": "a", "iou": 0.5}, {"id": "b", "iou": 1.0}])
     assert found == {"iou": 0.75, "images": 2.0}
+    tagged = [{"id": "a", "group": 3, "iou": 0.5}, {"id": "b", "iou": 1.0}]
+    assert few_shot.summary(tagged, ["iou"]) == found  # a tag is no score

@@ -27,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ class Evaluator:
         Raises:
           DataError: no prompt, or prompts that `check` refuses.
         """
-        lines, shown = [], []
+        lines, shown, names = [], [], None
         for batch in data.batches:
             self.check(batch)
             made = data.answers(batch)
@@ -97,6 +98,7 @@ class Evaluator:
             made01, known01 = (np.stack([x[i].images[0] for i in places]) for x in (made, known))
             true01 = np.stack([batch.hosts[i].truth.images[0] for i in places])
             scores = self.score(made01, images.to01(prompt_u8), true01, known01)
+            names = list(scores)
             for row, at in enumerate(places):
                 host = batch.hosts[at]
                 values = {key: float(x[row]) for key, x in scores.items()}
@@ -112,7 +114,7 @@ class Evaluator:
             (data.folder / "images.jsonl").write_text(text)
             if shown:
                 (data.folder / "few_shot.png").write_bytes(images.encode(self._draw(shown)))
-        return summary(lines)
+        return summary(lines, names)
 
     def prepare(self) -> None:
         """Loads what LPIPS needs."""
@@ -190,9 +192,14 @@ class Evaluator:
         )
 
 
-def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Means of per-image lines over images, folds and classes."""
-    keys = [key for key in lines[0] if key not in ("id", "label", "fold")]
+def summary(lines: list[dict[str, Any]], names: Sequence[str] | None = None) -> dict[str, float]:
+    """Means of per-image lines over images, folds and classes.
+
+    Args:
+      lines: of `images.jsonl`.
+      names: of the scores; None takes all keys but id, label and fold.
+    """
+    keys = names or [key for key in lines[0] if key not in ("id", "label", "fold")]
 
     def mean(of, key):
         return float(np.mean([line[key] for line in of]))

@@ -67,9 +67,7 @@ class NextChat(saving.Model):
         self.cfg, self.tokenizer, self.params = cfg, tokenizer, params
         self._sections = dict(sections or {})
         self._task = NextChatTask(cfg)
-        decoder = llama.decode_form(params["decoder"], cfg.decoder)[0]
-        others = {name: x for name, x in params.items() if name != "decoder"}
-        self._decode_params = {**jax.device_put(others), "decoder": decoder}
+        self._decode_params = jax.device_put(self._task.inference_params(params))
         self._compiled: dict[Any, Any] = {}
 
     def __repr__(self) -> str:
