@@ -18,21 +18,19 @@ Every place must be named in its message, so that none is lost without a word.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax.data import folders, image_files, records, shard_files, sources
+from vlm_jax.data import records
+from vlm_jax.datasets import image_lines
 
-LOCATION = "<at> <boxes>"  # as `systems.nextchat.conversation` writes it
+LOCATION = image_lines.LOCATION
 _ROLES = ("user", "assistant")
 _KEYS = {"role", "content", "boxes", "points", "masks"}
-_PLACES = re.compile(r"\[(\s*\d+\s*(?:,\s*\d+\s*)*,?\s*)\]")
 
 
 @dataclasses.dataclass
-class Conversations:
+class Conversations(image_lines.ImageLines):
     """Random-access source of {"image": bytes, "turns", "boxes_px", "masks", "id"}.
 
     Args:
@@ -43,39 +41,13 @@ class Conversations:
       DataError: no such file.
     """
 
-    path: Any
-    root: str = ""
-
-    def __post_init__(self):
-        self._lines = sources.make_source("jsonl", path=self.path)
-        first = shard_files.find_files(self.path)[0]
-        self._root = pathlib.Path(self.root).expanduser() if self.root else first.parent
-
-    @property
-    def skipped(self) -> Any:
-        """Lines that are no JSON."""
-        return self._lines.skipped
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
     def __getitem__(self, index: int) -> records.Record:
-        line = self._lines[index]
+        line = self.line(index)
         made = turns_of(line)
         name = line.get("image")
         if not isinstance(name, str) or not name:
             raise records.BadRecordError(f"image is {name!r:.60}, not the path of a file")
-        path = folders.on_disk(self._root, name)
-        content = shard_files.read_bytes(path, image_files.MAX_BYTES)
-        return {"image": content, "id": self.record_id(index), **made}
-
-    def record_id(self, index: int) -> str:
-        """File and line."""
-        return self._lines.record_id(index)
-
-    def fingerprint(self) -> Any:
-        """Of the JSONL."""
-        return self._lines.fingerprint()
+        return {"image": self.content(name), "id": self.record_id(index), **made}
 
 
 def make_source(**fields: Any) -> Conversations:
@@ -128,20 +100,10 @@ def _message(message, where, role):
         raise records.BadRecordError(f"{where}: masks are the assistant's; give a user's as a box")
     if len(given) > len(boxes):
         raise records.BadRecordError(f"{where}: {len(given)} masks and {len(boxes)} boxes")
-    order: list[int] = []
-
-    def location(found):
-        numbers = [int(x) for x in found.group(1).split(",") if x.strip()]
-        for number in numbers:
-            if number >= len(places):
-                raise records.BadRecordError(
-                    f"{where}: [{number}] in its content, and {len(places)} places; they count "
-                    "from 0"
-                )
-        order.extend(numbers)
-        return " ".join([LOCATION] * len(numbers))
-
-    text = _PLACES.sub(location, content)
+    try:
+        text, order = image_lines.named_places(content, len(places), "in its content", "places")
+    except ValueError as error:
+        raise records.BadRecordError(f"{where}: {error}") from error
     if LOCATION in content:
         raise records.BadRecordError(f"{where}: write [0] for a place, not {LOCATION!r}")
     if missing := sorted(set(range(len(places))) - set(order)):

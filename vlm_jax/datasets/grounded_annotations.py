@@ -31,9 +31,10 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vlm_jax.data import folders, image_files, records, shard_files, sources
+from vlm_jax.data import records
+from vlm_jax.datasets import image_lines
 
-LOCATION, IMAGE = "<at> <boxes>", "<image>"
+LOCATION, IMAGE = image_lines.LOCATION, image_lines.IMAGE
 _PHRASE = re.compile(r"<ph_st>(.*?)<ph_ed>", re.DOTALL)
 
 
@@ -239,60 +240,39 @@ def told(line: Mapping[str, Any], form: str, template: str) -> dict[str, Any]:
 
 
 @dataclasses.dataclass
-class Annotations:
+class Annotations(image_lines.ImageLines):
     """Random-access source of {"image": bytes, "turns", "boxes_px", "masks", "id"}.
 
     Args:
       path: of the JSON lines; a file, glob, folder, or a list of these.
-      form: see the module.
       root: folder that images start from; "" is that of the file.
+      form: see the module.
       templates: a JSON file with a list of questions in place of ours.
 
     Raises:
       DataError: no such file, an unknown form, or templates that lack a place.
     """
 
-    path: Any
-    form: str
-    root: str = ""
+    form: str = ""
     templates: str = ""
 
     def __post_init__(self):
         if self.form not in FORMS:
             raise records.DataError(f"form={self.form!r} is none of {', '.join(FORMS)}")
-        self._lines = sources.make_source("jsonl", path=self.path)
-        first = shard_files.find_files(self.path)[0]
-        self._root = pathlib.Path(self.root).expanduser() if self.root else first.parent
+        super().__post_init__()
         self._templates = TEMPLATES[self.form]
         if self.templates:
             self._templates = _read_templates(self.templates, self._templates[0])
 
-    @property
-    def skipped(self) -> Any:
-        """Lines that are no JSON."""
-        return self._lines.skipped
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
     def __getitem__(self, index: int) -> records.Record:
-        line = self._lines[index]
+        line = self.line(index)
         made = told(line, self.form, self._templates[index % len(self._templates)])
         name = next((line[key] for key in _IMAGES if key in line), None)
         if name is None and "image_id" in line:
             name = f"{line['image_id']}.jpg"  # Flickr30k
         if not isinstance(name, str) or not name:
             raise records.BadRecordError(f"no image: none of {', '.join(_IMAGES)}, image_id")
-        content = shard_files.read_bytes(folders.on_disk(self._root, name), image_files.MAX_BYTES)
-        return {"image": content, "id": self.record_id(index), **made}
-
-    def record_id(self, index: int) -> str:
-        """File and line."""
-        return self._lines.record_id(index)
-
-    def fingerprint(self) -> Any:
-        """Of the lines."""
-        return self._lines.fingerprint()
+        return {"image": self.content(name), "id": self.record_id(index), **made}
 
 
 def _read_templates(path: str, example: str) -> Sequence[str]:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm_jax.data import records
+from vlm_jax.datasets import image_lines
 from vlm_jax.systems.nextchat import tokenization
 
 SYSTEM = (
@@ -24,10 +25,8 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 ROLES = ("USER", "ASSISTANT")
-LOCATION = "<at> <boxes>"
-IMAGE = "<image>"
+LOCATION, IMAGE = image_lines.LOCATION, image_lines.IMAGE
 _END = "</s>"
-_REGIONS = re.compile(r"\[(\s*\d+\s*(?:,\s*\d+\s*)*,?\s*)\]")
 _TOKENS = re.compile(
     "|".join(map(re.escape, ("<im_patch>", "<im_start>", "<im_end>", _END, "<s>")))
 )
@@ -146,16 +145,4 @@ def regions(text: str, count: int) -> tuple[str, list[int]]:
     Raises:
       ValueError: a number without a box.
     """
-    chosen: list[int] = []
-
-    def location(found):
-        numbers = [int(x) for x in found.group(1).split(",") if x.strip()]
-        for number in numbers:
-            if number >= count:
-                raise ValueError(
-                    f"[{number}] in the question, and {count} boxes; they count from 0"
-                )
-        chosen.extend(numbers)
-        return " ".join([LOCATION] * len(numbers))
-
-    return _REGIONS.sub(location, text), chosen
+    return image_lines.named_places(text, count, "in the question", "boxes")
